@@ -1,0 +1,1 @@
+"""Lightning callbacks: weight sync, staleness, ledger, progress and summary."""

@@ -1,0 +1,68 @@
+"""One JSON object per trained trajectory: how anyone can check that nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from copris_lightning.core.batching import MicroBatch
+
+
+class TrajectoryLedger(L.Callback):
+    """Writes ``ledger/batch_000012.jsonl`` per batch, and ``predictions.jsonl`` in ``predict``.
+
+    A line holds the batch's number, prompt id, sample, segments (version and tokens of each),
+    finish reason, lengths, reward, advantage and the response's text. A file appears whole, after
+    the batch was trained on; a run resumed from a checkpoint writes the later ones again.
+
+    Args:
+        directory: where to; by default the run's log directory.
+    """
+
+    def __init__(self, directory: str | None = None) -> None:
+        self.directory = directory
+        self._root = Path()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Find out where the run logs (on every rank: Lightning asks rank 0)."""
+        self._root = Path(self.directory or trainer.log_dir or trainer.default_root_dir)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: MicroBatch,
+        batch_idx: int,
+    ) -> None:
+        """Write the batch down once all of it was trained on."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not batch.is_last or data.session is None:
+            return
+        index = data.training.batch_index
+        records = (
+            {"batch": index, **data.session.record(trajectory)}
+            for group in data.training.delivered
+            for trajectory in group.trajectories
+        )
+        _write(self._root / "ledger" / f"batch_{index:06d}.jsonl", records)
+
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write all responses down."""
+        if trainer.is_global_zero:
+            batches: Any = trainer.predict_loop.predictions
+            _write(self._root / "predictions.jsonl", (r for batch in batches for r in batch))
+
+
+def _write(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    os.replace(unfinished, path)

@@ -1,0 +1,71 @@
+"""A few lines at the end of a run: what was gained, and how fast."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+from copris_lightning.core.batching import MicroBatch
+
+
+class RunSummary(L.Callback):
+    """Prints reward, speed, carry-over, staleness and parity when ``fit`` ends.
+
+    List it after the callbacks whose metrics it shows.
+
+    Args:
+        first: batches that make up the reward at the start.
+        last: batches that make up the reward at the end.
+    """
+
+    def __init__(self, first: int = 3, last: int = 10) -> None:
+        self.first = first
+        self.last = last
+        self.history: dict[str, list[float]] = defaultdict(list)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: MicroBatch,
+        batch_idx: int,
+    ) -> None:
+        """Remember the batch's figures."""
+        if batch.is_last:
+            for name, value in trainer.callback_metrics.items():
+                self.history[name].append(float(value))
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the summary."""
+        rewards = self.history["train/reward"]
+        if not rewards:
+            return
+        start, end = rewards[: self.first], rewards[-self.last :]
+        lines = [
+            f"reward            {_mean(start):.3f} (first {len(start)} batches) -> "
+            f"{_mean(end):.3f} (last {len(end)})",
+            self._line("trained tokens/s", "train/tokens_per_s", "{:,.0f}"),
+            self._line("stage time", "rollout/stage_s", "{:.2f} s"),
+            self._line("carried over", "rollout/carried_over", "{:.1f} trajectories a stage"),
+            self._line("mixed versions", "staleness/mixed_fraction", "{:.1%} of trajectories"),
+            self._line("lag", "staleness/lag_mean", "{:.2f} versions"),
+        ]
+        parity = self.history["sync/parity_max_abs"]
+        if parity:
+            lines.append(f"worst parity      {max(parity):.2e} nats in {len(parity)} syncs")
+        lines.append(f"logs              {trainer.log_dir or '(no logger)'}")
+        title = f"{len(rewards)} batches trained"
+        print("\n".join(["", title, "-" * len(title), *(line for line in lines if line)]))
+
+    def _line(self, label: str, name: str, form: str) -> str:
+        values = self.history[name]
+        return f"{label:<17} {form.format(_mean(values))}" if values else ""
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

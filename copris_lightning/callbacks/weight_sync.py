@@ -1,0 +1,182 @@
+"""Pushes the trainer's weights to the engine, and checks that the engine computes with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+
+from copris_lightning.core.batching import MicroBatch, collate
+from copris_lightning.core.trajectory import Segment, Trajectory
+from copris_lightning.datamodules.rollout import RolloutDataModule
+from copris_lightning.errors import ConfigurationError, ParityError
+from copris_lightning.module import CoprisModule
+
+
+class WeightSync(L.Callback):
+    """After each batch's last optimizer step, the engine gets the weights and is probed.
+
+    The probe compares the engine's log-probs of a few trained trajectories with the trainer's. A
+    sync that did not change what the engine computes, or changed it to something else, ends the
+    run with an error that names what differs. The first sync comes before the first rollout, so
+    that a restored run never generates with the weights the engine booted with.
+
+    Args:
+        parity_tolerance: largest difference of a token's log-prob, in nats. About 1e-6 is seen in
+            fp32; bf16 engines need 0.1 and more. ``null`` switches the probe off.
+        parity_sequences: trajectories compared at each sync.
+
+    Raises:
+        ConfigurationError: a number below its minimum.
+    """
+
+    def __init__(self, parity_tolerance: float | None = 1e-4, parity_sequences: int = 4) -> None:
+        if parity_tolerance is not None and parity_tolerance <= 0:
+            raise ConfigurationError(f"WeightSync.parity_tolerance={parity_tolerance} must be > 0")
+        if parity_sequences < 1:
+            raise ConfigurationError(f"WeightSync.parity_sequences={parity_sequences} must be >= 1")
+        self.parity_tolerance = parity_tolerance
+        self.parity_sequences = parity_sequences
+        self.version = 0
+        self.worst_parity = 0.0
+        self._trained_since = False
+        self._is_synced = False
+
+    def should_sync(self, trainer: L.Trainer, batch: MicroBatch) -> bool:
+        """Whether to sync after this micro-batch: after a batch's last. Override to change it."""
+        return batch.is_last
+
+    # -- Lightning's hooks -----------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse modules that there is nothing to sync between."""
+        if not isinstance(pl_module, CoprisModule):
+            raise ConfigurationError(f"WeightSync needs a CoprisModule, got {type(pl_module)}")
+        if not isinstance(_datamodule(trainer), RolloutDataModule):
+            raise ConfigurationError("WeightSync needs a RolloutDataModule")
+        self._is_synced = False
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the first rollout of a fit with validation."""
+        self._first_sync(trainer, pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the first training rollout."""
+        self._first_sync(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before ``validate``; within ``fit`` the engine is synced already."""
+        self._first_sync(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before ``test``."""
+        self._first_sync(trainer, pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before ``predict``."""
+        self._first_sync(trainer, pl_module)
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: STEP_OUTPUT,
+        batch: MicroBatch,
+        batch_idx: int,
+    ) -> None:
+        """Sync, and log how long it took and how well the two agree."""
+        self._trained_since = True
+        if not self.should_sync(trainer, batch):
+            return
+        started = time.perf_counter()
+        parity = self.sync(trainer, pl_module, self.version + 1)
+        pl_module.log("sync/seconds", time.perf_counter() - started, rank_zero_only=True)
+        if parity is not None:
+            pl_module.log("sync/parity_max_abs", parity, rank_zero_only=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The version, and whether optimizer steps were taken since."""
+        return {"version": self.version, "trained_since": self._trained_since}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting versions where the checkpoint stopped."""
+        self.version = state_dict["version"]
+        self._trained_since = state_dict["trained_since"]
+
+    # -- the sync itself -------------------------------------------------------------------
+
+    def sync(self, trainer: L.Trainer, pl_module: L.LightningModule, version: int) -> float | None:
+        """Push the weights as ``version`` and probe.
+
+        Returns:
+            the largest difference of a log-prob, in nats; ``None`` without a probe.
+
+        Raises:
+            WeightSyncError: the weights did not arrive.
+            ParityError: they did, and the engine computes something else.
+        """
+        assert isinstance(pl_module, CoprisModule)
+        data = _datamodule(trainer)
+        data.update_weights(pl_module.named_weights(), version)
+        self.version = version
+        self._trained_since, self._is_synced = False, True
+        if self.parity_tolerance is None or data.session is None:
+            return None
+        return self._probe(trainer, pl_module, data)
+
+    def _first_sync(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._is_synced:
+            # A checkpoint taken between an optimizer step and its sync holds newer weights than
+            # those that bear the saved version.
+            self.sync(trainer, pl_module, self.version + int(self._trained_since))
+
+    def _probe(
+        self, trainer: L.Trainer, module: CoprisModule, data: RolloutDataModule
+    ) -> float | None:
+        assert self.parity_tolerance is not None
+        assert data.session is not None
+        names, sequences = data.probe_sequences(self.parity_sequences)
+        scores = data.session.call(data.engine.score(sequences))
+        if scores is None:
+            return None
+        batch = trainer.strategy.batch_to_device(_probe_batch(sequences))
+        with trainer.precision_plugin.train_step_context():
+            ours = module.score(batch).float().cpu()
+        worst, where = 0.0, ""
+        for name, sequence, row, theirs in zip(names, sequences, ours, scores, strict=True):
+            difference = (row[: len(theirs)] - torch.tensor(theirs)).abs()
+            # A value that is not a number is the worst of all.
+            difference = torch.where(difference.isnan(), torch.inf, difference)
+            position = int(difference.argmax())
+            if float(difference[position]) >= worst:
+                worst = float(difference[position])
+                where = (
+                    f"token {position + 1} (id {sequence[position + 1]}) of prompt {name!r}: "
+                    f"engine {theirs[position]:.6f}, trainer {float(row[position]):.6f}"
+                )
+        self.worst_parity = max(self.worst_parity, worst)
+        if worst > self.parity_tolerance:
+            cause = data.session.call(data.engine.explain_mismatch(module.named_weights()))
+            raise ParityError(
+                f"after the sync of version {self.version} the engine's log-probs differ from the "
+                f"trainer's by up to {worst:.3g} nats, tolerance "
+                f"WeightSync.parity_tolerance={self.parity_tolerance}; worst at {where}. {cause}"
+            )
+        return worst
+
+
+def _probe_batch(sequences: Sequence[Sequence[int]]) -> MicroBatch:
+    """Whole sequences as responses to their first token, at temperature 1."""
+    rows = []
+    for i, tokens in enumerate(sequences):
+        segment = Segment(0, list(tokens[1:]), [0.0] * (len(tokens) - 1))
+        rows.append(Trajectory(0, i, "probe", (tokens[0],), len(tokens), [segment]))
+    return collate(rows, source=None)
+
+
+def _datamodule(trainer: L.Trainer) -> Any:
+    return getattr(trainer, "datamodule", None)

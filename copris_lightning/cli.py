@@ -1,0 +1,42 @@
+"""`copris`: LightningCLI with the model's path shared between trainer and engine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import lightning as L
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from copris_lightning.errors import ConfigurationError
+from copris_lightning.module import CoprisModule
+
+
+class CoprisCLI(LightningCLI):
+    """``copris fit | validate | test | predict --config FILE [--config OVERLAY] [--key value]``."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The engine boots with the checkpoint that the module trains."""
+        parser.link_arguments("model.init_args.model", "data.init_args.model")
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status.
+
+    A setting that cannot work ends with its message alone and status 2; any other error shows
+    where it came from.
+    """
+    try:
+        CoprisCLI(
+            CoprisModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            args=list(args) if args is not None else None,
+        )
+    except ConfigurationError as error:
+        print(f"copris: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,1 @@
+"""The streaming data source: prompts in, micro-batches of trajectories out."""

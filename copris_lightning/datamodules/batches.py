@@ -1,0 +1,101 @@
+"""From a batch of complete groups to each rank's micro-batches."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from copris_lightning.core.advantage import group_relative
+from copris_lightning.core.batching import MicroBatch, collate, forward_cost, partition
+from copris_lightning.core.trajectory import LogprobSource, PromptGroup, Trajectory
+from copris_lightning.errors import ConfigurationError
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """How a batch is divided.
+
+    Attributes:
+        world_size: ranks.
+        updates: optimizer steps on the batch.
+        micro_batches: per rank and optimizer step (``accumulate_grad_batches``).
+        hidden_size: of the model, for the cost of long sequences.
+    """
+
+    world_size: int
+    updates: int
+    micro_batches: int
+    hidden_size: int
+
+    def check(self, trajectories: int) -> None:
+        """Refuse a shape that would leave a micro-batch empty.
+
+        Raises:
+            ConfigurationError: too few trajectories in a batch.
+        """
+        parts = self.world_size * self.updates * self.micro_batches
+        if trajectories // self.updates < self.world_size * self.micro_batches:
+            raise ConfigurationError(
+                f"a batch of {trajectories} trajectories cannot fill {parts} micro-batches "
+                f"({self.world_size} ranks x data.init_args.updates_per_batch={self.updates} x "
+                f"trainer.accumulate_grad_batches={self.micro_batches}); lower one of these or "
+                "raise data.init_args.batch_groups"
+            )
+
+
+def set_advantages(groups: Sequence[PromptGroup], *, normalize_std: bool) -> None:
+    """Fill in every trajectory's advantage from its group's rewards."""
+    advantages = group_relative(
+        torch.tensor([group.rewards for group in groups], dtype=torch.float64),
+        normalize_std=normalize_std,
+    )
+    for group, row in zip(groups, advantages.tolist(), strict=True):
+        for trajectory, advantage in zip(group.trajectories, row, strict=True):
+            trajectory.advantage = advantage
+
+
+def divide(
+    groups: Sequence[PromptGroup],
+    shape: BatchShape,
+    *,
+    source: LogprobSource,
+    policy_version: int,
+    temperature: float,
+    metrics: dict[str, float],
+    seed: int,
+) -> list[list[MicroBatch]]:
+    """Each rank's micro-batches, in the order of training; a pure function of its arguments.
+
+    Groups are dealt at random to the updates. Within one, micro-batches of near-equal cost go to
+    the ranks side by side, so that no rank waits long for another.
+    """
+    dealt = list(groups)
+    if shape.updates > 1:
+        random.Random(seed).shuffle(dealt)
+    ranks: list[list[MicroBatch]] = [[] for _ in range(shape.world_size)]
+    for update in range(shape.updates):
+        rows = [t for group in dealt[update :: shape.updates] for t in group.trajectories]
+        tokens = sum(t.response_length for t in rows)
+        lengths = [sequence_length(t) for t in rows]
+        parts = shape.world_size * shape.micro_batches
+        for i, indices in enumerate(partition(lengths, parts, forward_cost(shape.hidden_size))):
+            micro_batch = collate(
+                [rows[j] for j in indices],
+                source=source,
+                policy_version=policy_version,
+                temperature=temperature,
+                update_tokens=tokens,
+            )
+            ranks[i % shape.world_size].append(micro_batch)
+    for micro_batches in ranks:
+        micro_batches[-1].is_last = True
+        micro_batches[-1].metrics = metrics
+    return ranks
+
+
+def sequence_length(trajectory: Trajectory) -> int:
+    """Prompt plus response, in tokens."""
+    return len(trajectory.prompt_token_ids) + trajectory.response_length

@@ -1,0 +1,68 @@
+"""Evaluation rollouts: every prompt once, on the training engine, leaving training undisturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.core.evaluation import EvaluationBatch
+from copris_lightning.core.trajectory import PromptGroup
+from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.datamodules.prompts import PromptStream
+from copris_lightning.datamodules.session import RolloutSession
+from copris_lightning.datamodules.settings import RolloutSettings
+
+
+def evaluation_batches(prompts: int, settings: RolloutSettings) -> int:
+    """How many batches :func:`evaluate` yields."""
+    return -(-prompts // settings.batch_groups)
+
+
+def evaluate(
+    session: RolloutSession | None,
+    stream: PromptStream,
+    settings: RolloutSettings,
+    stop_token_ids: tuple[int, ...],
+    exchange: Exchange,
+) -> Iterator[EvaluationBatch]:
+    """Sample k responses to every prompt, ``batch_groups`` prompts at a time.
+
+    It has a buffer of its own on the engine, which training leaves idle between stages. What is
+    unfinished after one batch is carried over to the next, under the same weights.
+    """
+    scheduler = None
+    if session is not None:
+        stream.load_state_dict({"taken": 0})
+        scheduler = session.new_scheduler(
+            CarryOverBuffer(
+                cap=settings.cap,
+                group_size=settings.val_samples,
+                batch_groups=settings.batch_groups,
+                max_new_tokens=settings.max_new_tokens,
+                stop_token_ids=stop_token_ids,
+            ),
+            stream,
+            temperature=settings.val_temperature,
+            seed=settings.seed,
+            name="evaluation",
+            observer=lambda event: None,
+        )
+    for start in range(0, len(stream), settings.batch_groups):
+        parts = None
+        if session is not None and scheduler is not None:
+            scheduler.buffer.batch_groups = min(settings.batch_groups, len(stream) - start)
+            groups, _ = session.call(scheduler.collect())
+            parts = [_batch(session, groups)] * exchange.world_size
+        yield exchange.scatter(parts)
+
+
+def _batch(session: RolloutSession, groups: list[PromptGroup]) -> EvaluationBatch:
+    return EvaluationBatch(
+        rewards=torch.tensor([group.rewards for group in groups]),
+        response_lengths=torch.tensor(
+            [[t.response_length for t in group.trajectories] for group in groups]
+        ),
+        records=[session.record(t) for group in groups for t in group.trajectories],
+    )

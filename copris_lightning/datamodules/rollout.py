@@ -1,0 +1,361 @@
+"""The LightningDataModule: prompts and an engine in, micro-batches of trajectories out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.trajectory import LogprobSource
+from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
+from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
+from copris_lightning.datamodules.session import RolloutSession
+from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.datamodules.training import RolloutProgress, TrainingStream
+from copris_lightning.errors import ConfigurationError
+from copris_lightning.pretrained import (
+    context_length,
+    load_config,
+    load_tokenizer,
+    stop_token_ids,
+)
+from copris_lightning.rollout.engine import Engine, EngineSpec
+from copris_lightning.rollout.rewards import Reward, RewardScorer
+from copris_lightning.rollout.scheduler import Event
+
+_STAGE_PROMPTS = {
+    "fit": "prompts",
+    "validate": "val_prompts",
+    "test": "test_prompts",
+    "predict": "predict_prompts",
+}
+
+
+@runtime_checkable
+class RolloutListener(Protocol):
+    """A callback that wants to be told how a rollout gets on while the main thread waits."""
+
+    def on_rollout_progress(self, progress: RolloutProgress) -> None:
+        """Called about five times a second."""
+        ...
+
+
+@runtime_checkable
+class WeightSyncer(Protocol):
+    """The callback that decides when the engine gets new weights."""
+
+    def should_sync(self, trainer: L.Trainer, batch: MicroBatch) -> bool:
+        """Whether to sync after this micro-batch."""
+        ...
+
+
+class SizedStream:
+    """A loader over an iterator, with a length.
+
+    Lightning prefetches from loaders without one, and the next rollout would start before this
+    step's weight sync.
+    """
+
+    def __init__(self, length: int, iterate: Callable[[], Iterator[Any]]) -> None:
+        self._length = length
+        self._iterate = iterate
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._iterate()
+
+
+class RolloutDataModule(L.LightningDataModule):
+    """Streams batches of scored trajectories from an engine kept full at a fixed concurrency.
+
+    Args:
+        model: path or hub name of the checkpoint that the engine boots with (linked to the
+            module's by the command line).
+        prompts: the training prompts.
+        reward: scores a response; see :class:`Reward`.
+        engine: generates; :class:`VLLMEngine` or :class:`SimulatedEngine`.
+        val_prompts: prompts of ``validate`` and of validation during ``fit``.
+        test_prompts: prompts of ``test``.
+        predict_prompts: prompts of ``predict``.
+        cap: trajectories in flight, N'.
+        batch_groups: prompts per batch, B.
+        group_size: trajectories per prompt, G >= 2.
+        max_prompt_tokens: longest prompt.
+        skip_long_prompts: leave longer prompts out instead of refusing them.
+        max_new_tokens: longest response, over all resumes.
+        temperature: of the sampling distribution, > 0.
+        behavior_logprobs: ``trainer`` (the paper's) recomputes each segment's log-probs under the
+            weights that made it; ``engine`` takes those that it sampled with.
+        max_staleness: largest lag of a trained token in policy versions; ``null`` for no bound,
+            0 for synchronous RL without carry-over.
+        updates_per_batch: optimizer steps on each batch.
+        normalize_advantage_std: divide advantages by the group's standard deviation (GRPO).
+        score_batch_tokens: padded tokens per forward pass when recomputing log-probs.
+        val_samples: responses per prompt in evaluation, k.
+        val_temperature: of the sampling distribution in evaluation, > 0.
+        reward_timeout_s: limit on one call of the reward, in seconds.
+        reward_workers: processes that compute rewards.
+        seed: of the prompt order and of sampling.
+
+    Raises:
+        ConfigurationError: a setting that cannot work; names the YAML key.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        prompts: PromptSource,
+        reward: Reward,
+        engine: Engine,
+        val_prompts: PromptSource | None = None,
+        test_prompts: PromptSource | None = None,
+        predict_prompts: PromptSource | None = None,
+        cap: int = 64,
+        batch_groups: int = 16,
+        group_size: int = 8,
+        max_prompt_tokens: int = 256,
+        skip_long_prompts: bool = False,
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        behavior_logprobs: LogprobSource = "trainer",
+        max_staleness: int | None = None,
+        updates_per_batch: int = 1,
+        normalize_advantage_std: bool = True,
+        score_batch_tokens: int = 16384,
+        val_samples: int = 1,
+        val_temperature: float = 1.0,
+        reward_timeout_s: float = 30.0,
+        reward_workers: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.settings = RolloutSettings(
+            cap=cap,
+            batch_groups=batch_groups,
+            group_size=group_size,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            behavior_logprobs=behavior_logprobs,
+            max_staleness=max_staleness,
+            updates_per_batch=updates_per_batch,
+            score_batch_tokens=score_batch_tokens,
+            val_samples=val_samples,
+            val_temperature=val_temperature,
+            seed=seed,
+        )
+        self.model = model
+        self.engine = engine
+        self.skip_long_prompts = skip_long_prompts
+        self.normalize_advantage_std = normalize_advantage_std
+        self.sources: dict[str, PromptSource | None] = {
+            "prompts": prompts,
+            "val_prompts": val_prompts,
+            "test_prompts": test_prompts,
+            "predict_prompts": predict_prompts,
+        }
+        self.scorer = RewardScorer(reward, timeout_s=reward_timeout_s, workers=reward_workers)
+        self.observers: list[Callable[[Event], None]] = []
+        """Called with every scheduler event of training, on the rollout thread."""
+        self.session: RolloutSession | None = None
+        """The engine's thread; on rank 0 only, from ``setup`` to ``teardown``."""
+        self.training: TrainingStream | None = None
+        """The training stream, in ``fit``."""
+        self._streams: dict[str, PromptStream] = {}
+        self._stop_ids: tuple[int, ...] = ()
+        self._exchange: Exchange | None = None
+
+    # -- setting up and closing ------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check everything that can be known wrong, then boot the engine on rank 0."""
+        assert self.trainer is not None
+        config = load_config(self.model)
+        self.settings.check_context(context_length(config))
+        tokenizer = load_tokenizer(self.model)
+        self._stop_ids = stop_token_ids(self.model, tokenizer)
+        self._open_streams(stage, tokenizer)
+        shape = BatchShape(
+            world_size=self.trainer.world_size,
+            updates=self.settings.updates_per_batch,
+            micro_batches=self.trainer.accumulate_grad_batches,
+            hidden_size=int(getattr(config, "hidden_size", 1024)),
+        )
+        if stage == "fit":
+            shape.check(self.settings.batch_groups * self.settings.group_size)
+            if not any(isinstance(c, WeightSyncer) for c in self._callbacks):
+                raise ConfigurationError(
+                    "trainer.callbacks has no copris_lightning.WeightSync: the engine would go on "
+                    "generating with the weights it booted with"
+                )
+        spec = EngineSpec(
+            model=self.model,
+            max_num_seqs=self.settings.cap,
+            # One more than is ever trained on, so that the parity probe can score the longest.
+            max_model_len=self.settings.max_sequence_tokens + 1,
+            vocab_size=len(tokenizer),
+            seed=self.settings.seed,
+        )
+        self.engine.validate(spec)
+        self._exchange = self._exchange or Exchange()
+        if self.trainer.is_global_zero and self.session is None:
+            self.session = RolloutSession(
+                self.engine, spec, self.scorer, tokenizer, self._while_waiting
+            )
+        if stage == "fit":
+            self.training = TrainingStream(
+                self.trainer,
+                self.session,
+                self._streams["prompts"],
+                self.settings,
+                shape,
+                self._stop_ids,
+                normalize_std=self.normalize_advantage_std,
+                exchange=self._exchange,
+                observer=self._observe,
+            )
+
+    def teardown(self, stage: str) -> None:
+        """Close the engine."""
+        self.close()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Close the engine: Lightning does not call ``teardown`` after an exception."""
+        self.close()
+
+    def close(self) -> None:
+        """End the rollout thread, the engine's processes and the reward's. May be called twice."""
+        session, self.session = self.session, None
+        if session is not None:
+            session.close()
+
+    def _open_streams(self, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Make the prompt streams of a command and look at every prompt."""
+        needed = _STAGE_PROMPTS[stage]
+        if self.sources[needed] is None:
+            raise ConfigurationError(f"{KEY}.{needed} is not set: `copris {stage}` needs prompts")
+        for name in {needed, "val_prompts"} if stage == "fit" else {needed}:
+            source = self.sources[name]
+            if source is None:
+                continue
+            limit = self.settings.max_prompt_tokens
+            encode = PromptEncoder(tokenizer, max_prompt_tokens=limit, key=f"{KEY}.{name}")
+            indices = None
+            if self.skip_long_prompts:
+                indices = [i for i in range(len(source)) if encode.fits(source[i])]
+            training = name == "prompts"
+            stream = PromptStream(
+                source,
+                encode,
+                seed=self.settings.seed if training else None,
+                epochs=None if training else 1,
+                indices=indices,
+                key=f"{KEY}.{name}",
+            )
+            for _ in stream:  # raises where a prompt cannot be used
+                pass
+            self._streams[name] = stream
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Give the engine new weights; tokens generated from now on bear ``version``.
+
+        Args:
+            weights: full tensors under the checkpoint's names.
+            version: the policy version that they are.
+
+        Raises:
+            WeightSyncError: they did not arrive.
+        """
+        if self.session is not None:
+            self.session.update_weights(weights, version)
+        if self.training is not None:
+            self.training.advance(version)
+
+    def probe_sequences(self, count: int) -> tuple[list[str], list[list[int]]]:
+        """Token sequences to compare engine and trainer on: trained ones, or else prompts.
+
+        Returns:
+            the prompts' ids, and as many sequences of at least two tokens.
+        """
+        names: list[str] = []
+        sequences: list[list[int]] = []
+        groups = self.training.delivered if self.training is not None else []
+        for trajectory in (group.trajectories[0] for group in groups[:count]):
+            names.append(trajectory.prompt_id)
+            sequences.append([*trajectory.prompt_token_ids, *trajectory.response_token_ids])
+        if not sequences:
+            stream = next(iter(self._streams.values()))
+            for queued in islice(stream, count):
+                names.append(queued.prompt.id)
+                # A prompt of one token predicts nothing by itself.
+                sequences.append([*queued.token_ids, *self._stop_ids[:1]])
+        return names, sequences
+
+    # -- loaders ---------------------------------------------------------------------------
+
+    def train_dataloader(self) -> SizedStream:
+        """Micro-batches; asking for the first of a batch rolls it out."""
+        assert self.training is not None
+        return SizedStream(len(self.training), self.training.__iter__)
+
+    def val_dataloader(self) -> SizedStream | list[Any]:
+        """Evaluated prompts of ``val_prompts``; nothing if there are none."""
+        return self._evaluation("val_prompts") if "val_prompts" in self._streams else []
+
+    def test_dataloader(self) -> SizedStream:
+        """Evaluated prompts of ``test_prompts``."""
+        return self._evaluation("test_prompts")
+
+    def predict_dataloader(self) -> SizedStream:
+        """Responses to ``predict_prompts``."""
+        return self._evaluation("predict_prompts")
+
+    def _evaluation(self, name: str) -> SizedStream:
+        stream, exchange = self._streams[name], self._exchange
+        assert exchange is not None
+        return SizedStream(
+            evaluation_batches(len(stream), self.settings),
+            lambda: evaluate(self.session, stream, self.settings, self._stop_ids, exchange),
+        )
+
+    # -- while a rollout runs --------------------------------------------------------------
+
+    def _observe(self, event: Event) -> None:
+        for observer in self.observers:
+            observer(event)
+
+    def _while_waiting(self) -> None:
+        assert self.trainer is not None
+        if self.trainer.received_sigterm:
+            raise SIGTERMException
+        if self.training is not None and self.training.scheduler is not None:
+            for callback in self._callbacks:
+                if isinstance(callback, RolloutListener):
+                    callback.on_rollout_progress(self.training.progress())
+
+    @property
+    def _callbacks(self) -> list[L.Callback]:
+        assert self.trainer is not None
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return callbacks
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Buffer, prompt position and open batch (rank 0's; Lightning saves only that)."""
+        return self.training.state_dict() if self.training is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; evaluation has no state."""
+        if self.training is not None and state_dict:
+            self.training.load_state_dict(state_dict)

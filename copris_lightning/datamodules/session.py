@@ -1,0 +1,120 @@
+"""What runs on rank 0 only: the rollout thread with its engine and rewards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeVar
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.core.trajectory import Trajectory
+from copris_lightning.datamodules.loop_thread import LoopThread
+from copris_lightning.rollout.engine import Engine, EngineSpec
+from copris_lightning.rollout.rewards import RewardScorer
+from copris_lightning.rollout.scheduler import Event, PromptQueue, RolloutScheduler
+
+T = TypeVar("T")
+
+
+class RolloutSession:
+    """A booted engine on its own thread.
+
+    Args:
+        engine: is started here and closed by :meth:`close`.
+        spec: what the run needs of it.
+        scorer: computes rewards; closed by :meth:`close`.
+        tokenizer: decodes responses, for the reward and the ledger only.
+        on_wait: called about five times a second while this thread waits; may raise to stop.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        spec: EngineSpec,
+        scorer: RewardScorer,
+        tokenizer: PreTrainedTokenizerBase,
+        on_wait: Callable[[], None],
+    ) -> None:
+        self.engine = engine
+        self._scorer = scorer
+        self._tokenizer = tokenizer
+        self._on_wait = on_wait
+        self._schedulers: list[RolloutScheduler] = []
+        self._closed = threading.Lock()
+        self._loop = LoopThread(engine.new_event_loop)
+        try:
+            self.call(engine.start(spec))
+        except BaseException:
+            self.close()
+            raise
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine on the rollout thread and wait for its result."""
+        return self._loop.call(work, on_wait=self._on_wait)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Response text, special tokens dropped. Never encoded again."""
+        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        return text
+
+    def new_scheduler(
+        self,
+        buffer: CarryOverBuffer,
+        prompts: PromptQueue,
+        *,
+        temperature: float,
+        seed: int,
+        name: str,
+        observer: Callable[[Event], None],
+    ) -> RolloutScheduler:
+        """A scheduler on this engine; closed with the session."""
+        scheduler = RolloutScheduler(
+            engine=self.engine,
+            buffer=buffer,
+            prompts=prompts,
+            scorer=self._scorer,
+            decode=self.decode,
+            temperature=temperature,
+            seed=seed,
+            name=name,
+            observer=observer,
+        )
+        self._schedulers.append(scheduler)
+        return scheduler
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the engine's weights; see :class:`Engine`."""
+        self.call(self.engine.update_weights(weights, version))
+
+    def record(self, trajectory: Trajectory) -> dict[str, Any]:
+        """A trajectory as the ledger and predictions show it: plain values."""
+        return {
+            "prompt_id": trajectory.prompt_id,
+            "sample": trajectory.sample,
+            "segments": [{"version": s.version, "tokens": len(s)} for s in trajectory.segments],
+            "finish_reason": trajectory.finish_reason,
+            "prompt_tokens": len(trajectory.prompt_token_ids),
+            "response_tokens": trajectory.response_length,
+            "reward": trajectory.reward,
+            "advantage": trajectory.advantage,
+            "response": self.decode(trajectory.response_token_ids),
+        }
+
+    def close(self) -> None:
+        """End the thread, the engine's processes and the reward's. May be called twice."""
+        if not self._closed.acquire(blocking=False):
+            return
+        with ExitStack() as steps:  # last in, first out; each runs even if another fails
+            steps.callback(self._loop.close)
+            steps.callback(lambda: self._loop.call(self.engine.close()))
+            steps.callback(self._scorer.close)
+            for scheduler in self._schedulers:
+                steps.callback(self._close_scheduler, scheduler)
+
+    def _close_scheduler(self, scheduler: RolloutScheduler) -> None:
+        self._loop.call(scheduler.close())

@@ -1,0 +1,105 @@
+"""Checks of the rollout's settings: everything that can be known wrong before an engine boots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from copris_lightning.core.trajectory import LogprobSource
+from copris_lightning.errors import ConfigurationError
+
+KEY = "data.init_args"
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSettings:
+    """The numbers of a rollout; see :class:`RolloutDataModule` for their meaning."""
+
+    cap: int
+    batch_groups: int
+    group_size: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+    temperature: float
+    behavior_logprobs: LogprobSource
+    max_staleness: int | None
+    updates_per_batch: int
+    score_batch_tokens: int
+    val_samples: int
+    val_temperature: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        at_least: Sequence[tuple[str, int, int]] = (
+            ("cap", self.cap, 1),
+            ("batch_groups", self.batch_groups, 1),
+            ("max_prompt_tokens", self.max_prompt_tokens, 1),
+            ("max_new_tokens", self.max_new_tokens, 1),
+            ("max_staleness", 0 if self.max_staleness is None else self.max_staleness, 0),
+            ("updates_per_batch", self.updates_per_batch, 1),
+            ("score_batch_tokens", self.score_batch_tokens, 1),
+            ("val_samples", self.val_samples, 1),
+        )
+        for name, value, least in at_least:
+            if value < least:
+                raise ConfigurationError(f"{KEY}.{name}={value} must be at least {least}")
+        if self.group_size < 2:
+            raise ConfigurationError(
+                f"{KEY}.group_size={self.group_size} must be at least 2: advantages compare a "
+                "trajectory with others of the same prompt"
+            )
+        for name, temperature in (
+            ("temperature", self.temperature),
+            ("val_temperature", self.val_temperature),
+        ):
+            if not temperature > 0:
+                raise ConfigurationError(
+                    f"{KEY}.{name}={temperature} must be above 0: log-probs are those of the "
+                    "distribution sampled from, which greedy decoding has not"
+                )
+        if self.behavior_logprobs not in ("trainer", "engine"):
+            raise ConfigurationError(
+                f"{KEY}.behavior_logprobs={self.behavior_logprobs!r} must be trainer or engine"
+            )
+        if self.updates_per_batch > self.batch_groups:
+            raise ConfigurationError(
+                f"{KEY}.updates_per_batch={self.updates_per_batch} exceeds "
+                f"batch_groups={self.batch_groups}: an update needs a group"
+            )
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Longest prompt plus response."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+    def check_context(self, context: int) -> None:
+        """Refuse lengths that the model cannot take.
+
+        Raises:
+            ConfigurationError: names the length to lower.
+        """
+        for name, value in (
+            ("max_prompt_tokens", self.max_prompt_tokens),
+            ("max_new_tokens", self.max_new_tokens),
+        ):
+            if value >= context:
+                raise ConfigurationError(
+                    f"{KEY}.{name}={value} does not fit the model's context of {context} tokens"
+                )
+        if self.max_sequence_tokens > context:
+            raise ConfigurationError(
+                f"{KEY}.max_prompt_tokens={self.max_prompt_tokens} + "
+                f"max_new_tokens={self.max_new_tokens} = {self.max_sequence_tokens} exceeds the "
+                f"model's context of {context} tokens; lower one of them"
+            )
+
+
+def require(value: Any, key: str, what: str) -> None:
+    """Refuse a setting that a command needs and that is not there.
+
+    Raises:
+        ConfigurationError: ``value`` is ``None``.
+    """
+    if value is None:
+        raise ConfigurationError(f"{KEY}.{key} is not set: {what}")

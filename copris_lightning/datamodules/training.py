@@ -1,0 +1,246 @@
+"""The training stream: collect, score, divide, hand out; and where it is, for checkpoints."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+
+from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.core.trajectory import PromptGroup
+from copris_lightning.datamodules.batches import BatchShape, divide, set_advantages
+from copris_lightning.datamodules.behavior import score_behavior
+from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.datamodules.prompts import PromptStream
+from copris_lightning.datamodules.session import RolloutSession
+from copris_lightning.datamodules.settings import RolloutSettings
+from copris_lightning.rollout.scheduler import Event, RolloutScheduler, StageStats
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutProgress:
+    """Where the running stage is.
+
+    Attributes:
+        ready_groups: complete groups so far.
+        batch_groups: how many end the stage.
+        in_flight: trajectories in flight.
+        cap: how many there may be.
+        tokens: response tokens received in this stage.
+        seconds: since the stage began, on the engine's clock.
+    """
+
+    ready_groups: int
+    batch_groups: int
+    in_flight: int
+    cap: int
+    tokens: int
+    seconds: float
+
+
+class TrainingStream:
+    """Endless micro-batches for this rank.
+
+    Args:
+        trainer: its module recomputes log-probs; its accumulation shapes the batches.
+        session: the engine, on rank 0; ``None`` elsewhere.
+        prompts: the training prompts.
+        settings: the rollout's numbers.
+        shape: how batches are divided.
+        stop_token_ids: tokens that end a response.
+        normalize_std: divide advantages by the group's standard deviation.
+        exchange: between ranks.
+        observer: called with every scheduler event, on the rollout thread.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        session: RolloutSession | None,
+        prompts: PromptStream,
+        settings: RolloutSettings,
+        shape: BatchShape,
+        stop_token_ids: tuple[int, ...],
+        *,
+        normalize_std: bool,
+        exchange: Exchange,
+        observer: Callable[[Event], None],
+    ) -> None:
+        self.delivered: list[PromptGroup] = []
+        self.batch_index = -1
+        self._trainer = trainer
+        self._session = session
+        self._prompts = prompts
+        self._settings = settings
+        self._shape = shape
+        self._normalize_std = normalize_std
+        self._exchange = exchange
+        self._observer = observer
+        self._micro_batches: list[MicroBatch] = []
+        self._position = 0
+        self._metrics: dict[str, float] = {}
+        self._policy_version = 0
+        self._cycle_start: float | None = None
+        self._stage_start = 0.0
+        self._stage_tokens = 0
+        self._stage_now = 0.0
+        self.scheduler: RolloutScheduler | None = None
+        if session is not None:
+            self.scheduler = session.new_scheduler(
+                CarryOverBuffer(
+                    cap=settings.cap,
+                    group_size=settings.group_size,
+                    batch_groups=settings.batch_groups,
+                    max_new_tokens=settings.max_new_tokens,
+                    stop_token_ids=stop_token_ids,
+                    max_staleness=settings.max_staleness,
+                ),
+                prompts,
+                temperature=settings.temperature,
+                seed=settings.seed,
+                name="train",
+                observer=self._observe,
+            )
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch: every prompt once, as far as full batches go."""
+        batches = max(1, len(self._prompts) // self._settings.batch_groups)
+        return batches * self._shape.updates * self._shape.micro_batches
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """Go on where the stream is; it has no end of its own."""
+        while True:
+            if self._position == len(self._micro_batches):
+                self._micro_batches = self._exchange.scatter(self._next_batch())
+                self._position = 0
+            self._position += 1
+            yield self._micro_batches[self._position - 1]
+
+    def advance(self, version: int) -> None:
+        """The engine has the weights of ``version`` from now on."""
+        if self._session is not None and self.scheduler is not None:
+            self._session.call(_advance(self.scheduler.buffer, version))
+
+    def progress(self) -> RolloutProgress:
+        """Where the running stage is; may be asked from any thread."""
+        assert self.scheduler is not None
+        buffer = self.scheduler.buffer
+        return RolloutProgress(
+            ready_groups=min(buffer.ready_groups, buffer.batch_groups),
+            batch_groups=buffer.batch_groups,
+            in_flight=buffer.in_flight,
+            cap=buffer.cap,
+            tokens=self._stage_tokens,
+            seconds=self._stage_now - self._stage_start,
+        )
+
+    def _observe(self, event: Event) -> None:
+        if event.kind == "chunk":
+            self._stage_tokens += event.tokens
+        self._stage_now = event.time
+        self._observer(event)
+
+    def _next_batch(self) -> list[list[MicroBatch]] | None:
+        """Collect a batch on rank 0; every rank takes part in scoring it."""
+        started = time.perf_counter()
+        trajectories = None
+        if self._session is not None and self.scheduler is not None:
+            buffer = self.scheduler.buffer
+            self._stage_tokens, self._stage_start = 0, self._stage_now
+            self.delivered, stats = self._session.call(self.scheduler.collect())
+            self._policy_version = buffer.version
+            trajectories = [t for group in self.delivered for t in group.trajectories]
+            trajectories.extend(buffer.trajectories())
+        rolled_out = time.perf_counter()
+        if self._settings.behavior_logprobs == "trainer":
+            score_behavior(
+                self._trainer,
+                trajectories,
+                self._exchange,
+                temperature=self._settings.temperature,
+                max_tokens=self._settings.score_batch_tokens,
+            )
+        self.batch_index += 1
+        if trajectories is None:
+            return None
+        set_advantages(self.delivered, normalize_std=self._normalize_std)
+        self._metrics = self._figures(stats, started, rolled_out)
+        return self._divide()
+
+    def _divide(self) -> list[list[MicroBatch]]:
+        return divide(
+            self.delivered,
+            self._shape,
+            source=self._settings.behavior_logprobs,
+            policy_version=self._policy_version,
+            temperature=self._settings.temperature,
+            metrics=self._metrics,
+            seed=self.batch_index,
+        )
+
+    def _figures(self, stats: StageStats, started: float, ended: float) -> dict[str, float]:
+        rows = [t for group in self.delivered for t in group.trajectories]
+        tokens = sum(t.response_length for t in rows)
+        figures = {
+            "train/reward": sum(t.reward or 0.0 for t in rows) / len(rows),
+            "train/response_tokens": tokens / len(rows),
+            "train/truncated_fraction": sum(t.finish_reason == "length" for t in rows) / len(rows),
+            "rollout/stage_s": stats.seconds,
+            "rollout/tokens_per_s": stats.tokens / max(stats.seconds, 1e-9),
+            "rollout/in_flight": stats.in_flight_mean,
+            "rollout/carried_over": float(stats.carried_over),
+            "rollout/ready_groups": float(stats.ready_groups),
+            "rollout/resent_tokens": float(stats.resent_tokens),
+        }
+        if self._cycle_start is not None:
+            # A cycle runs from one rollout's end to the next one's: training, sync, rollout.
+            cycle = ended - self._cycle_start
+            figures["time/cycle_s"] = cycle
+            figures["time/rollout_fraction"] = (ended - started) / cycle
+            figures["train/tokens_per_s"] = tokens / cycle
+        self._cycle_start = ended
+        return figures
+
+    # -- checkpoints -----------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Rank 0's buffer, prompts and place in the batch, as plain values."""
+        if self._session is None or self.scheduler is None:
+            return {}
+        open_batch = self._position < len(self._micro_batches)
+        return {
+            "buffer": self._session.call(_snapshot(self.scheduler.buffer)),
+            "prompts": self._prompts.state_dict(),
+            "batch_index": self.batch_index,
+            "delivered": [g.state_dict() for g in self.delivered] if open_batch else [],
+            "position": self._position if open_batch else 0,
+            "policy_version": self._policy_version,
+            "metrics": self._metrics,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved place; a batch that was being trained on is divided again."""
+        self.batch_index = state["batch_index"]
+        self._position = state["position"]
+        self._policy_version = state["policy_version"]
+        self._metrics = state["metrics"]
+        self.delivered = [PromptGroup.from_state(group) for group in state["delivered"]]
+        self._prompts.load_state_dict(state["prompts"])
+        parts = None
+        if self.scheduler is not None:
+            self.scheduler.buffer.load_state_dict(state["buffer"])
+            parts = self._divide() if self.delivered else [[]] * self._shape.world_size
+        self._micro_batches = self._exchange.scatter(parts)
+
+
+async def _advance(buffer: CarryOverBuffer, version: int) -> None:
+    buffer.advance(version)
+
+
+async def _snapshot(buffer: CarryOverBuffer) -> dict[str, Any]:
+    """Taken on the rollout thread, where rewards may still be coming in."""
+    return buffer.state_dict()

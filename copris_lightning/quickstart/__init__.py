@@ -1,0 +1,1 @@
+"""Reinforcement learning on a laptop: a tiny model and a task with checkable answers."""

@@ -1,0 +1,1 @@
+"""Keeping an engine full: the scheduler, the engines behind one protocol, and rewards."""

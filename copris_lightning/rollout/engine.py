@@ -1,0 +1,137 @@
+"""The one seam between the scheduler and whatever generates tokens."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from copris_lightning.core.trajectory import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What an engine is asked for.
+
+    Attributes:
+        request_id: unique over the engine's life.
+        token_ids: the prompt, followed by the response so far when a trajectory is resumed.
+        max_new_tokens: the remaining budget, > 0.
+        temperature: > 0.
+        stop_token_ids: tokens that end the response (the stop token is part of it).
+        seed: one per trajectory, distinct among all of a run. Engines mix in
+            ``len(token_ids)``, so that a resumed response does not repeat its random numbers.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    max_new_tokens: int
+    temperature: float
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Newly generated tokens.
+
+    Attributes:
+        token_ids: in order; may be empty.
+        logprobs: natural log, of the distribution sampled from (after temperature).
+        version: the policy version of the weights that produced them.
+        finish_reason: set on a request's last chunk.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    version: int
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """What the run needs from the engine, known before it boots.
+
+    Attributes:
+        model: path or hub name of the checkpoint, as for ``from_pretrained``.
+        max_num_seqs: how many requests will be in flight.
+        max_model_len: longest prompt plus response, in tokens.
+        vocab_size: tokens that the tokenizer knows.
+        seed: of the engine's sampling.
+    """
+
+    model: str
+    max_num_seqs: int
+    max_model_len: int
+    vocab_size: int
+    seed: int = 0
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Generates tokens. All coroutines run on the loop that :meth:`new_event_loop` made.
+
+    Cancelling the consumer of :meth:`generate` aborts the request; nothing more of it is
+    produced. :attr:`version` names the weights in use.
+    """
+
+    @property
+    def version(self) -> int:
+        """Policy version of the weights that generate now."""
+        ...
+
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        """The kind of loop this engine lives on (a simulated engine brings virtual time)."""
+        ...
+
+    def validate(self, spec: EngineSpec) -> None:
+        """Check settings against the run, before anything slow starts.
+
+        Raises:
+            ConfigurationError: names the setting that cannot work.
+        """
+        ...
+
+    async def start(self, spec: EngineSpec) -> None:
+        """Boot. Generation may begin when this returns."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Stream one response, token ids in and token ids out.
+
+        Raises:
+            EngineError: the engine died or refused the request.
+        """
+        ...
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the weights; no request may be in flight.
+
+        Args:
+            weights: names as in the checkpoint, full tensors, tied weights once.
+            version: what tokens made with them are labelled from now on.
+
+        Raises:
+            WeightSyncError: requests are in flight, or the weights did not arrive.
+        """
+        ...
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
+        """Log-probs at temperature 1 of each sequence's tokens after its first.
+
+        Returns:
+            one list of ``len(sequence) - 1`` values per sequence, or ``None`` from an engine
+            that has no model to ask.
+        """
+        ...
+
+    async def explain_mismatch(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Say which of the given weights the engine does not compute with (after a mismatch)."""
+        ...
+
+    async def close(self) -> None:
+        """Free everything. May be called twice, and after a failure."""
+        ...

