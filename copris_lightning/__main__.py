@@ -1,10 +1,21 @@
-"""``python -m copris_lightning`` is ``copris``."""
+"""The command `copris`, also as ``python -m copris_lightning``.
+
+The engine's and the reward's processes are spawned, and a spawned process imports the main module
+again: so this one imports nothing heavy until it is called.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
-from copris_lightning.cli import main
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; see :func:`copris_lightning.cli.main`."""
+    from copris_lightning.cli import main as run
+
+    return run(args)
+
 
 if __name__ == "__main__":
     sys.exit(main())

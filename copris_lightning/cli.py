@@ -36,7 +36,17 @@ def main(args: Sequence[str] | None = None) -> int:
             seed_everything_default=0,
             args=list(args) if args is not None else None,
         )
-    except ConfigurationError as error:
-        print(f"copris: {error}", file=sys.stderr)
+    except ValueError as error:
+        found = _configuration_error(error)
+        if found is None:
+            raise
+        print(f"copris: {found}", file=sys.stderr)
         return 2
     return 0
+
+
+def _configuration_error(error: BaseException | None) -> ConfigurationError | None:
+    """The error itself, or the one it wraps: the argument parser wraps what a class raises."""
+    while error is not None and not isinstance(error, ConfigurationError):
+        error = error.__cause__ or error.__context__
+    return error

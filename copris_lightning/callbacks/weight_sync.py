@@ -131,8 +131,11 @@ class WeightSync(L.Callback):
     def _first_sync(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_synced:
             # A checkpoint taken between an optimizer step and its sync holds newer weights than
-            # those that bear the saved version.
-            self.sync(trainer, pl_module, self.version + int(self._trained_since))
+            # those that bear the saved version. If it was taken within a batch, the batch's own
+            # sync comes before anything is generated for training.
+            training = _datamodule(trainer).training
+            is_newer = self._trained_since and not (training and training.has_open_batch)
+            self.sync(trainer, pl_module, self.version + int(is_newer))
 
     def _probe(
         self, trainer: L.Trainer, module: CoprisModule, data: RolloutDataModule

@@ -284,7 +284,8 @@ class CarryOverBuffer:
             raise ValueError(f"{len(ready)} groups are ready, a batch takes {self.batch_groups}")
         groups = [self._remove(group.group_id, Status.DELIVERED) for group in ready]
         if self.max_staleness is not None:
-            oldest = min(s.version for g in groups for t in g.trajectories for s in t.segments)
+            versions = (s.version for g in groups for t in g.trajectories for s in t.segments)
+            oldest = min(versions, default=self.version)
             assert self.version - oldest <= self.max_staleness, "staleness bound broken"
         return groups
 
@@ -329,7 +330,8 @@ class CarryOverBuffer:
         """Replace the content by a saved one. The cap, B and K may differ from those saved under.
 
         Raises:
-            ValueError: the group size or the response limit differs from the saved one.
+            ValueError: the group size or the response limit differs from the saved one, or the
+                saved groups cannot all be delivered within this run's K.
         """
         for name in ("group_size", "max_new_tokens"):
             if state[name] != getattr(self, name):
@@ -337,6 +339,17 @@ class CarryOverBuffer:
                     f"the saved rollout state has {name}={state[name]}, this run has "
                     f"{getattr(self, name)}: unfinished groups cannot change it"
                 )
+        firsts = (group["first_version"] for group in state["groups"])
+        begun = sorted(state["version"] if first is None else first for first in firsts)
+        # Delivered oldest first, B per version from now on, this is the largest lag.
+        lags = (state["version"] + i // self.batch_groups - v for i, v in enumerate(begun))
+        needed = max(lags, default=0)
+        if self.max_staleness is not None and needed > self.max_staleness:
+            raise ValueError(
+                f"the saved rollout state holds {len(begun)} groups, and with "
+                f"batch_groups={self.batch_groups} the last can be trained on at lag {needed}: "
+                f"set max_staleness={self.max_staleness} to at least {needed}"
+            )
         self.version = state["version"]
         self._next_group_id = state["next_group_id"]
         self._admitted = state["admitted"]

@@ -18,7 +18,8 @@ class TokenLoss(NamedTuple):
     Attributes:
         loss: the loss of each token; carries the gradient.
         ratio: the importance ratio pi_theta / behaviour; detached.
-        clipped: whether the clip is active, so that the token has no gradient; detached.
+        clipped: whether the clip is active, so that the token has no gradient; detached. (Beyond
+            ``MAX_LOG_RATIO`` a token has none either, whatever its advantage.)
     """
 
     loss: Tensor

@@ -30,19 +30,25 @@ class BatchShape:
     micro_batches: int
     hidden_size: int
 
-    def check(self, trajectories: int) -> None:
+    def check(self, groups: int, group_size: int) -> None:
         """Refuse a shape that would leave a micro-batch empty.
 
+        Args:
+            groups: prompts per batch; updates get whole groups.
+            group_size: trajectories of each.
+
         Raises:
-            ConfigurationError: too few trajectories in a batch.
+            ConfigurationError: too few trajectories in an update.
         """
-        parts = self.world_size * self.updates * self.micro_batches
-        if trajectories // self.updates < self.world_size * self.micro_batches:
+        trajectories = (groups // self.updates) * group_size
+        parts = self.world_size * self.micro_batches
+        if trajectories < parts:
             raise ConfigurationError(
-                f"a batch of {trajectories} trajectories cannot fill {parts} micro-batches "
-                f"({self.world_size} ranks x data.init_args.updates_per_batch={self.updates} x "
-                f"trainer.accumulate_grad_batches={self.micro_batches}); lower one of these or "
-                "raise data.init_args.batch_groups"
+                f"an update of {trajectories} trajectories cannot fill {parts} micro-batches "
+                f"({self.world_size} ranks x trainer.accumulate_grad_batches="
+                f"{self.micro_batches}); lower accumulate_grad_batches or "
+                f"data.init_args.updates_per_batch={self.updates}, or raise "
+                f"data.init_args.batch_groups={groups}"
             )
 
 

@@ -61,13 +61,14 @@ class DatasetPrompts:
         instruction: str = "",
     ) -> None:
         from datasets import load_dataset
-        from datasets.exceptions import DatasetNotFoundError
+        from datasets.exceptions import DatasetsError
 
         try:
             self._rows = load_dataset(path, name=name, split=split, data_files=data_files)
-        except (OSError, ValueError, DatasetNotFoundError) as error:
+        except (OSError, ValueError, DatasetsError) as error:
             raise ConfigurationError(
-                f"prompts.init_args.path={path!r} (split {split!r}) cannot be loaded: {error}"
+                f"prompts.init_args.path={path!r} (split {split!r}) cannot be loaded: "
+                f"{error.__cause__ or error}"
             ) from error
         for key, column in (
             ("prompt_column", prompt_column),

@@ -192,7 +192,7 @@ class RolloutDataModule(L.LightningDataModule):
             hidden_size=int(getattr(config, "hidden_size", 1024)),
         )
         if stage == "fit":
-            shape.check(self.settings.batch_groups * self.settings.group_size)
+            shape.check(self.settings.batch_groups, self.settings.group_size)
             if not any(isinstance(c, WeightSyncer) for c in self._callbacks):
                 raise ConfigurationError(
                     "trainer.callbacks has no copris_lightning.WeightSync: the engine would go on "

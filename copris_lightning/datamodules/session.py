@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
@@ -47,10 +48,20 @@ class RolloutSession:
         self._closed = threading.Lock()
         self._loop = LoopThread(engine.new_event_loop)
         try:
-            self.call(engine.start(spec))
+            self.call(self._start(spec))
         except BaseException:
             self.close()
             raise
+
+    async def _start(self, spec: EngineSpec) -> None:
+        # The reward's processes start by themselves while the engine boots.
+        workers = asyncio.create_task(self._scorer.start())
+        await asyncio.sleep(0)
+        try:
+            await self.engine.start(spec)
+            await workers
+        finally:
+            workers.cancel()
 
     def call(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the rollout thread and wait for its result."""

@@ -82,6 +82,8 @@ class TrainingStream:
         self._observer = observer
         self._micro_batches: list[MicroBatch] = []
         self._position = 0
+        self._undivided = False
+        self._stats = StageStats(0.0, 0, 0, 0, 0, 0.0)
         self._metrics: dict[str, float] = {}
         self._policy_version = 0
         self._cycle_start: float | None = None
@@ -114,7 +116,7 @@ class TrainingStream:
     def __iter__(self) -> Iterator[MicroBatch]:
         """Go on where the stream is; it has no end of its own."""
         while True:
-            if self._position == len(self._micro_batches):
+            if not self.has_open_batch:
                 self._micro_batches = self._exchange.scatter(self._next_batch())
                 self._position = 0
             self._position += 1
@@ -124,6 +126,11 @@ class TrainingStream:
         """The engine has the weights of ``version`` from now on."""
         if self._session is not None and self.scheduler is not None:
             self._session.call(_advance(self.scheduler.buffer, version))
+
+    @property
+    def has_open_batch(self) -> bool:
+        """Whether some micro-batches of the last batch are still to be trained on."""
+        return self._position < len(self._micro_batches)
 
     def progress(self) -> RolloutProgress:
         """Where the running stage is; may be asked from any thread."""
@@ -149,12 +156,10 @@ class TrainingStream:
         started = time.perf_counter()
         trajectories = None
         if self._session is not None and self.scheduler is not None:
-            buffer = self.scheduler.buffer
-            self._stage_tokens, self._stage_start = 0, self._stage_now
-            self.delivered, stats = self._session.call(self.scheduler.collect())
-            self._policy_version = buffer.version
+            if not self._undivided:
+                self._session.call(self._collect(self.scheduler))
             trajectories = [t for group in self.delivered for t in group.trajectories]
-            trajectories.extend(buffer.trajectories())
+            trajectories.extend(self.scheduler.buffer.trajectories())
         rolled_out = time.perf_counter()
         if self._settings.behavior_logprobs == "trainer":
             score_behavior(
@@ -168,8 +173,17 @@ class TrainingStream:
         if trajectories is None:
             return None
         set_advantages(self.delivered, normalize_std=self._normalize_std)
-        self._metrics = self._figures(stats, started, rolled_out)
+        self._metrics = self._figures(started, rolled_out)
+        self._undivided = False
         return self._divide()
+
+    async def _collect(self, scheduler: RolloutScheduler) -> None:
+        """Keep the batch before anything can interrupt: it has left the buffer."""
+        self._stage_tokens, self._stage_start = 0, self._stage_now
+        self.delivered, self._stats = await scheduler.collect()
+        self._micro_batches, self._position = [], 0
+        self._undivided = True
+        self._policy_version = scheduler.buffer.version
 
     def _divide(self) -> list[list[MicroBatch]]:
         return divide(
@@ -182,7 +196,8 @@ class TrainingStream:
             seed=self.batch_index,
         )
 
-    def _figures(self, stats: StageStats, started: float, ended: float) -> dict[str, float]:
+    def _figures(self, started: float, ended: float) -> dict[str, float]:
+        stats = self._stats
         rows = [t for group in self.delivered for t in group.trajectories]
         tokens = sum(t.response_length for t in rows)
         figures = {
@@ -211,13 +226,15 @@ class TrainingStream:
         """Rank 0's buffer, prompts and place in the batch, as plain values."""
         if self._session is None or self.scheduler is None:
             return {}
-        open_batch = self._position < len(self._micro_batches)
         return {
             "buffer": self._session.call(_snapshot(self.scheduler.buffer)),
             "prompts": self._prompts.state_dict(),
             "batch_index": self.batch_index,
-            "delivered": [g.state_dict() for g in self.delivered] if open_batch else [],
-            "position": self._position if open_batch else 0,
+            "delivered": [
+                g.state_dict() for g in self.delivered if self.has_open_batch or self._undivided
+            ],
+            "undivided": self._undivided,
+            "position": self._position if self.has_open_batch else 0,
             "policy_version": self._policy_version,
             "metrics": self._metrics,
         }
@@ -228,12 +245,14 @@ class TrainingStream:
         self._position = state["position"]
         self._policy_version = state["policy_version"]
         self._metrics = state["metrics"]
+        self._undivided = state["undivided"]
         self.delivered = [PromptGroup.from_state(group) for group in state["delivered"]]
         self._prompts.load_state_dict(state["prompts"])
         parts = None
         if self.scheduler is not None:
             self.scheduler.buffer.load_state_dict(state["buffer"])
-            parts = self._divide() if self.delivered else [[]] * self._shape.world_size
+            is_open = self.delivered and not self._undivided
+            parts = self._divide() if is_open else [[]] * self._shape.world_size
         self._micro_batches = self._exchange.scatter(parts)
 
 

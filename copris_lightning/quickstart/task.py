@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Iterator
 from itertools import accumulate
 
 from copris_lightning.rollout.rewards import Prompt
@@ -62,6 +63,9 @@ class AdditionPrompts:
 
     def __len__(self) -> int:
         return self.size
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return map(self.__getitem__, range(self.size))
 
     def __getitem__(self, index: int) -> Prompt:
         if not -self.size <= index < self.size:

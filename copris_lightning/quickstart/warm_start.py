@@ -24,6 +24,7 @@ from typing import Any
 import lightning as L
 import torch
 from jsonargparse import auto_cli
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
@@ -34,6 +35,10 @@ from copris_lightning.quickstart.task import AdditionPrompts, demonstration
 
 CONTEXT = 512
 """Longest prompt and response together, in tokens."""
+
+Batch = dict[str, torch.Tensor]
+Pair = tuple[list[int], list[int]]
+"""Token ids of a prompt, and of the response with its end."""
 
 _IGNORED = -100
 _RECORD = "warm_start.json"
@@ -187,7 +192,7 @@ def _untrained(
         return Qwen3ForCausalLM(config)
 
 
-def _fit(module: L.LightningModule, data: IterableDataset, steps: int) -> None:
+def _fit(module: L.LightningModule, data: IterableDataset[Batch], steps: int) -> None:
     with warnings.catch_warnings():
         # Batches take a millisecond to make: workers would only compete for the cores.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -214,13 +219,13 @@ class _Imitation(L.LightningModule):
         self.learning_rate = learning_rate
         self.steps = steps
 
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
         # Padding is on the right, where a causal model does not look: no attention mask.
         logits = self.model(input_ids=batch["input_ids"][:, :-1], use_cache=False).logits
         labels = batch["labels"][:, 1:]
         return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         optimizer = torch.optim.AdamW(
             self.parameters(), self.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
         )
@@ -260,7 +265,7 @@ class _ProgressLine(L.Callback):
             )
 
 
-class _Demonstrations(IterableDataset):
+class _Demonstrations(IterableDataset[Batch]):
     """An endless stream of padded batches of demonstrations, short sums first.
 
     Yields ``input_ids [B, T]`` and ``labels [B, T]``, in which prompt and padding are ignored.
@@ -285,7 +290,7 @@ class _Demonstrations(IterableDataset):
         self.batch_tokens = batch_tokens
         self.error_rate = error_rate
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         rng = random.Random(f"warm-start/{self.seed}")
         done = 0
         while True:
@@ -294,14 +299,14 @@ class _Demonstrations(IterableDataset):
             done += len(batches)
             yield from map(self._pad, batches)
 
-    def _pool(self, rng: random.Random, max_digits: int) -> list[list[tuple[list[int], list[int]]]]:
+    def _pool(self, rng: random.Random, max_digits: int) -> list[list[Pair]]:
         pairs = []
         for prompt in AdditionPrompts(self.POOL, rng.getrandbits(64), max_digits=max_digits):
             question = self.tokenizer.encode(prompt.text)
             answer = self.tokenizer.encode(demonstration(prompt, rng, self.error_rate))
             pairs.append((question, [*answer, self.tokenizer.eos_token_id]))
         pairs.sort(key=lambda pair: len(pair[0] + pair[1]))
-        batches: list[list[tuple[list[int], list[int]]]] = [[]]
+        batches: list[list[Pair]] = [[]]
         for pair in pairs:
             if (len(batches[-1]) + 1) * len(pair[0] + pair[1]) > self.batch_tokens:
                 batches.append([])
@@ -309,7 +314,7 @@ class _Demonstrations(IterableDataset):
         rng.shuffle(batches)
         return batches
 
-    def _pad(self, batch: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor]:
+    def _pad(self, batch: list[Pair]) -> Batch:
         shape = (len(batch), max(len(question + answer) for question, answer in batch))
         input_ids = torch.full(shape, self.tokenizer.pad_token_id)
         labels = torch.full(shape, _IGNORED)

@@ -46,6 +46,35 @@ network, say) is awaited on the rollout's event loop.
 """
 
 
+class BoxedMatch:
+    """1.0 if the response's last ``\\boxed{...}`` is the answer, character for character.
+
+    Spaces and dollar signs are not compared. For answers that can be written in several ways, use
+    a verifier that knows them.
+    """
+
+    def __call__(self, response: str, prompt: Prompt) -> float:
+        """The reward, 0.0 or 1.0."""
+        boxed = _last_boxed(response)
+        return float(boxed is not None and _plain(boxed) == _plain(str(prompt.answer)))
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for i in range(start + len("\\boxed"), len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[start + len("\\boxed{") : i]
+    return None
+
+
+def _plain(text: str) -> str:
+    return text.replace(" ", "").replace("$", "")
+
+
 class RewardScorer:
     """Calls a reward with a time limit, and turns whatever goes wrong into a RewardError.
 
@@ -65,12 +94,11 @@ class RewardScorer:
                 f"data.init_args.reward: {reward!r} is not callable; give an instance whose "
                 "__call__(response: str, prompt: Prompt) returns a float"
             )
-        if timeout_s <= 0:
+        if not timeout_s > 0:
             raise ConfigurationError(f"data.init_args.reward_timeout_s={timeout_s} must be above 0")
         if workers < 1:
             raise ConfigurationError(f"data.init_args.reward_workers={workers} must be at least 1")
-        call = reward if inspect.isfunction(reward) else type(reward).__call__
-        self._is_async = inspect.iscoroutinefunction(call)
+        self._is_async = any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
         if not self._is_async:
             try:
                 pickle.dumps(reward)
@@ -84,24 +112,37 @@ class RewardScorer:
         self._workers = workers
         self._pool: _StoppableProcesses | None = None
 
+    async def start(self) -> None:
+        """Start the worker processes and have them import the reward, so that the first stage does
+        not go on past its end while the first rewards wait for that."""
+        if not self._is_async:
+            loop = asyncio.get_running_loop()
+            pool = self._processes()
+            await asyncio.gather(
+                *(loop.run_in_executor(pool, _receive, self._reward) for _ in range(self._workers))
+            )
+
     async def __call__(self, response: str, prompt: Prompt) -> float:
         """The reward of one response.
 
         Raises:
             RewardError: names the prompt; its cause is the reward's own error.
         """
+        # A worker process has its limit from the pool.
+        limit = asyncio.timeout(self._timeout_s if self._is_async else None)
         try:
-            value = await self._call(response, prompt)
-        except TimeoutError as error:
-            raise RewardError(
-                f"the reward of prompt {prompt.id!r} took longer than "
-                f"data.init_args.reward_timeout_s={self._timeout_s}"
-            ) from error
+            async with limit:
+                value = await self._call(response, prompt)
         except Exception as error:  # a user's code may raise anything: it is passed on as cause
+            if isinstance(error, TimeoutError) and (limit.expired() or not self._is_async):
+                raise RewardError(
+                    f"the reward of prompt {prompt.id!r} took longer than "
+                    f"data.init_args.reward_timeout_s={self._timeout_s}"
+                ) from error
             raise RewardError(f"the reward of prompt {prompt.id!r} raised {error!r}") from error
         try:
             reward = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RewardError(
                 f"the reward of prompt {prompt.id!r} returned {value!r}, not a number"
             ) from error
@@ -111,12 +152,14 @@ class RewardScorer:
 
     async def _call(self, response: str, prompt: Prompt) -> Any:
         if self._is_async:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._reward(response, prompt)
+            return await self._reward(response, prompt)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._processes(), self._reward, response, prompt)
+
+    def _processes(self) -> _StoppableProcesses:
         if self._pool is None:
             self._pool = _StoppableProcesses(self._workers, self._timeout_s)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, self._reward, response, prompt)
+        return self._pool
 
     def close(self) -> None:
         """End the worker processes. May be called twice."""
@@ -146,6 +189,10 @@ class _StoppableProcesses(Executor):
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = True) -> None:
         self._pool.stop()
         self._pool.join()
+
+
+def _receive(reward: Reward) -> None:
+    """What a worker does first: unpickling the argument has imported it."""
 
 
 def _ignore_interrupt() -> None:

@@ -146,13 +146,14 @@ class RolloutScheduler:
         """
         self.buffer.advance(self.engine.version)
         self._clock = _StageClock(asyncio.get_running_loop().time())
-        self._failure, self._stopping = None, False
+        self._stopping = False
         try:
+            self._raise_failure()
             self._score_restored()
-            self._fill()
+            if not self.buffer.can_deliver():
+                self._fill()
             while not self.buffer.can_deliver():
-                if self._failure is not None:
-                    raise self._failure
+                self._raise_failure()
                 if not self._generating and not self._scoring:
                     raise RolloutError(
                         f"the prompts are used up: {self.buffer.ready_groups} groups are ready, "
@@ -244,7 +245,10 @@ class RolloutScheduler:
             error.add_note(f"while generating prompt {trajectory.prompt_id!r}, sample {key[1]}")
             raise
         except ValueError as error:
-            raise EngineError(f"the engine sent a chunk that does not fit: {error}") from error
+            raise EngineError(
+                f"prompt {trajectory.prompt_id!r}, sample {key[1]}: the engine sent a chunk that "
+                f"does not fit: {error}"
+            ) from error
         raise EngineError(
             f"the engine ended the response to prompt {trajectory.prompt_id!r} after "
             f"{trajectory.response_length} tokens without a finish reason"
@@ -268,6 +272,11 @@ class RolloutScheduler:
             self._emit("carry_over", key)
         await _cancel(self._generating)
         self._clock.end(asyncio.get_running_loop().time())
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
 
     def _emit(self, kind: EventKind, key: Key | None = None, tokens: int = 0) -> None:
         now = asyncio.get_running_loop().time()

@@ -191,7 +191,7 @@ class VLLMEngine:
             raise WeightSyncError("vLLM did not drop the prefixes computed with the old weights")
         self._version = version
 
-    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
         """Log-probs at temperature 1 by vLLM's prefill. See :class:`Engine`."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 

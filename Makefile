@@ -1,0 +1,38 @@
+# Two commands do all set-up on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup quickstart simulated test check format clean
+
+setup: $(STAMP)
+
+# The CPU build of vLLM brings torchvision, torchaudio and torchcodec builds that may not match its
+# torch, and then `import transformers` fails. Nothing here needs them.
+$(STAMP): pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) VENV=$(VENV) bash scripts/setup.sh
+	touch $@
+
+quickstart: setup
+	$(BIN)/python -m copris_lightning.quickstart.warm_start --output .cache/quickstart
+	$(BIN)/copris fit --config configs/quickstart.yaml
+
+simulated: setup
+	$(BIN)/python -c "from copris_lightning.quickstart.warm_start import tiny_model; tiny_model('.cache/tiny')"
+	$(BIN)/copris fit --config configs/simulated.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .cache runs

@@ -1,0 +1,58 @@
+"""Fixtures shared by all tests: tiny checkpoints, and one vLLM engine for the whole session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports vLLM or a Hugging Face library: no hub, and logs that can be read.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+CPU_ENGINE_ARGS = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "kv_cache_memory_bytes": 2**27,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained Qwen3 of 0.2 M parameters with tied embeddings."""
+    from copris_lightning.quickstart.warm_start import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("tied"), hidden_size=64, layers=2)
+
+
+@pytest.fixture(scope="session")
+def untied_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with an output head of its own."""
+    from copris_lightning.quickstart.warm_start import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("untied"), hidden_size=64, layers=2, tied=False)
+
+
+@pytest.fixture
+def cpu_engine_args() -> dict[str, object]:
+    """Engine arguments for vLLM's CPU build."""
+    return dict(CPU_ENGINE_ARGS)
+
+
+@pytest.fixture(scope="session")
+def running_vllm(tiny_checkpoint: Path) -> Iterator[object]:
+    """``(engine, call)``: a booted engine and a function that runs coroutines on its loop."""
+    from copris_lightning.datamodules.loop_thread import LoopThread
+    from copris_lightning.rollout.engine import EngineSpec
+    from copris_lightning.rollout.vllm import VLLMEngine
+
+    engine = VLLMEngine(dict(CPU_ENGINE_ARGS))
+    loop = LoopThread(engine.new_event_loop)
+    try:
+        loop.call(engine.start(EngineSpec(str(tiny_checkpoint), 16, 257, vocab_size=98)))
+        yield engine, loop.call
+    finally:
+        loop.call(engine.close())
+        loop.close()

@@ -1,0 +1,189 @@
+"""Partitions are optimal and complete; padded batches point at the right tokens."""
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from copris_lightning.core.batching import (
+    collate,
+    forward_cost,
+    length_mask,
+    partition,
+    split_by_tokens,
+)
+from copris_lightning.core.trajectory import Segment, Trajectory
+
+LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
+COSTS = st.sampled_from([float, lambda n: n * n, forward_cost(4), forward_cost(1024)])
+
+
+def flat(parts):
+    return [i for part in parts for i in part]
+
+
+def dearest(parts, lengths, cost):
+    return max(len(part) * cost(max(lengths[i] for i in part)) for part in parts)
+
+
+@settings(max_examples=200, deadline=None)
+@given(LENGTHS, COSTS, st.data())
+def test_a_partition_is_complete_and_its_dearest_part_as_cheap_as_any_cut(lengths, cost, data):
+    parts = data.draw(st.integers(1, len(lengths)))
+    actual = partition(lengths, parts, cost)
+    assert len(actual) == parts
+    assert all(actual)
+    assert sorted(flat(actual)) == list(range(len(lengths)))
+    in_order = [lengths[i] for i in flat(actual)]
+    assert in_order == sorted(lengths, reverse=True)
+    order = flat(actual)
+    best = min(
+        dearest([order[a:b] for a, b in pairwise((0, *cuts, len(order)))], lengths, cost)
+        for cuts in combinations(range(1, len(order)), parts - 1)
+    )
+    assert dearest(actual, lengths, cost) == pytest.approx(best, rel=1e-12)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 4000), min_size=64, max_size=200), st.integers(1, 64))
+def test_a_large_partition_is_complete(lengths, parts):
+    actual = partition(lengths, parts, forward_cost(64))
+    assert len(actual) == parts
+    assert all(actual)
+    assert sorted(flat(actual)) == list(range(len(lengths)))
+
+
+def test_equal_lengths_are_split_evenly():
+    sizes = [len(part) for part in partition([5] * 12, 4, float)]
+    assert sizes == [3, 3, 3, 3]
+
+
+def test_one_long_row_stands_alone():
+    assert partition([1, 1, 100, 1], 2, float) == [[2], [0, 1, 3]]
+
+
+@pytest.mark.parametrize(("count", "parts"), [(2, 3), (0, 1), (3, 0), (3, -1)])
+def test_parts_that_cannot_be_filled_are_refused(count, parts):
+    with pytest.raises(ValueError, match=f"{count} trajectories cannot fill {parts}"):
+        partition([4] * count, parts, float)
+
+
+def test_forward_cost_adds_attention_to_linear_layers():
+    assert forward_cost(8)(0) == 0
+    assert forward_cost(8)(96) == 96 + 96
+    assert forward_cost(10**9)(1000) == pytest.approx(1000)
+
+
+def set_partitions(items):
+    if not items:
+        yield []
+        return
+    first, *rest = items
+    for smaller in set_partitions(rest):
+        yield [[first], *smaller]
+        for i, part in enumerate(smaller):
+            yield [*smaller[:i], [first, *part], *smaller[i + 1 :]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 12), max_size=6), st.integers(1, 40))
+def test_split_by_tokens_fills_the_fewest_micro_batches_that_fit(lengths, limit):
+    def fits(part):
+        return len(part) == 1 or len(part) * max(lengths[i] for i in part) <= limit
+
+    actual = split_by_tokens(lengths, limit)
+    assert sorted(flat(actual)) == list(range(len(lengths)))
+    assert all(part and fits(part) for part in actual)
+    fewest = min(
+        len(parts)
+        for parts in set_partitions(list(range(len(lengths))))
+        if all(fits(part) for part in parts)
+    )
+    assert len(actual) == fewest
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(0, 9))
+def test_a_length_mask_is_true_below_each_length(lengths, size):
+    mask = length_mask(torch.tensor(lengths), size)
+    assert mask.dtype is torch.bool
+    assert mask.tolist() == [[i < n for i in range(size)] for n in lengths]
+
+
+@st.composite
+def trajectories(draw):
+    """Rows of few token ids, so that the padding's value occurs everywhere in them."""
+    rows = []
+    for i in range(draw(st.integers(1, 5))):
+        prompt = draw(st.lists(st.integers(0, 2), min_size=1, max_size=6))
+        t = Trajectory(i, 0, f"p{i}", tuple(prompt), 100)
+        version = draw(st.integers(0, 2))
+        for _ in range(draw(st.integers(0, 3))):
+            size = draw(st.integers(1, 4))
+            tokens = draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
+            values = st.lists(st.floats(-9, 0, width=32), min_size=size, max_size=size)
+            t.segments.append(Segment(version, tokens, draw(values), draw(values)))
+            version += draw(st.integers(1, 2))
+        t.advantage = draw(st.none() | st.floats(-2, 2, width=32))
+        rows.append(t)
+    return rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(trajectories(), st.sampled_from(["engine", "trainer", None]))
+def test_every_field_of_a_padded_batch_is_aligned_with_its_tokens(rows, source):
+    batch = collate(rows, source=source, policy_version=9, temperature=0.7, update_tokens=33)
+    longest = max(len(t.prompt_token_ids) + t.response_length for t in rows)
+    width = max(1, *(t.response_length for t in rows))
+    assert batch.input_ids.shape == (len(rows), longest)
+    assert batch.behavior_logprobs.shape == batch.versions.shape == (len(rows), width)
+    assert (batch.policy_version, batch.temperature, batch.update_tokens) == (9, 0.7, 33)
+    assert (batch.is_last, batch.metrics) == (False, {})
+    for i, t in enumerate(rows):
+        prompt, n = len(t.prompt_token_ids), t.response_length
+        sequence = [*t.prompt_token_ids, *t.response_token_ids]
+        assert batch.input_ids[i].tolist() == sequence + [0] * (longest - len(sequence))
+        assert (batch.prompt_lengths[i], batch.response_lengths[i]) == (prompt, n)
+        assert batch.lengths[i] == prompt + n
+        assert batch.attention_mask[i].tolist() == [1] * (prompt + n) + [0] * (longest - prompt - n)
+        assert batch.response_mask[i].tolist() == [True] * n + [False] * (width - n)
+        positions = batch.response_positions[i]
+        assert batch.input_ids[i][positions][:n].tolist() == t.response_token_ids
+        assert positions[:n].tolist() == list(range(prompt, prompt + n))
+        assert positions.max() < longest
+        values = t.behavior_logprobs(source) if source else [0.0] * n
+        assert batch.behavior_logprobs[i].tolist() == values + [0.0] * (width - n)
+        assert batch.versions[i].tolist() == t.versions + [0] * (width - n)
+        assert batch.lags[i].tolist() == [9 - v for v in t.versions] + [0] * (width - n)
+        assert batch.advantages[i] == (t.advantage or 0.0)
+
+
+def test_a_last_token_equal_to_the_padding_is_still_trained():
+    row = Trajectory(0, 0, "p", (0, 0), 9, [Segment(0, [3, 0], [-1.0, -2.0])])
+    longer = Trajectory(1, 0, "q", (1,), 9, [Segment(0, [4, 5, 6, 7], [-1.0] * 4)])
+    batch = collate([row, longer], source="engine")
+    assert batch.response_mask[0].tolist() == [True, True, False, False]
+    assert batch.attention_mask[0].tolist() == [1, 1, 1, 1, 0]
+    assert batch.behavior_logprobs[0].tolist() == [-1.0, -2.0, 0.0, 0.0]
+
+
+def test_dtypes_are_those_that_models_take():
+    batch = collate([Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3], [-1.0])])], source="engine")
+    for name in ("input_ids", "attention_mask", "response_positions", "versions"):
+        assert getattr(batch, name).dtype is torch.long, name
+    assert batch.behavior_logprobs.dtype is batch.advantages.dtype is torch.float32
+
+
+def test_unscored_tokens_cannot_be_collated_as_the_trainers():
+    row = Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3], [-1.0])])
+    with pytest.raises(ValueError, match="not scored"):
+        collate([row], source="trainer")
+
+
+def test_a_batch_without_trajectories_or_prompt_tokens_is_refused():
+    with pytest.raises(ValueError, match="at least one trajectory"):
+        collate([], source=None)
+    with pytest.raises(ValueError, match="prompt 'empty' has no tokens"):
+        collate([Trajectory(0, 0, "empty", (), 9)], source=None)

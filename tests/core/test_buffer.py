@@ -1,0 +1,348 @@
+"""The buffer against a naive model: every rule on both, every invariant after every step."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from copris_lightning.core.buffer import CarryOverBuffer, Status
+
+STOP = 0
+
+
+def assert_plain(value):
+    """Exact types only: a subclass (an enum, a Counter) would not load with the safe default."""
+    if type(value) is dict:
+        for key, item in value.items():
+            assert type(key) is str
+            assert_plain(item)
+    elif type(value) in (list, tuple):
+        for item in value:
+            assert_plain(item)
+    else:
+        assert type(value) in (int, float, str, bool, type(None)), type(value)
+
+
+class Model:
+    """What the buffer should do, by scanning lists; nothing is cached and nothing is fast."""
+
+    def __init__(self, cap, group_size, batch_groups, limit, bound):
+        self.cap, self.group_size, self.batch_groups = cap, group_size, batch_groups
+        self.limit, self.bound = limit, bound
+        self.version = 0
+        self.admitted = 0
+        self.groups = []  # in order of admission
+        self.delivered, self.evicted = [], []
+
+    def rows(self, *states):
+        return [t for g in self.groups for t in g["rows"] if t["state"] in states]
+
+    def keys(self, *states):
+        return [t["key"] for t in self.rows(*states)]
+
+    def may_admit(self):
+        return self.bound is None or len(self.groups) < (self.bound + 1) * self.batch_groups
+
+    def admit(self):
+        group = {"id": self.admitted, "first": None}
+        group["rows"] = [
+            {"key": (group["id"], i), "state": "waiting", "tokens": [], "end": None, "reward": None}
+            for i in range(self.group_size)
+        ]
+        self.groups.append(group)
+        self.admitted += 1
+
+    def group_of(self, row):
+        return next(g for g in self.groups if row in g["rows"])
+
+    def start(self):
+        candidates = self.rows("carried_over") or self.rows("waiting")
+        if len(self.rows("in_flight")) == self.cap or not candidates:
+            return None
+        row = candidates[0]
+        row["state"] = "in_flight"
+        group = self.group_of(row)
+        if group["first"] is None:
+            group["first"] = self.version
+        return row["key"]
+
+    def row(self, key):
+        return next(t for g in self.groups for t in g["rows"] if t["key"] == key)
+
+    def append(self, key, tokens, logprobs):
+        row = self.row(key)
+        row["tokens"] += [(t, p, self.version) for t, p in zip(tokens, logprobs, strict=True)]
+        if row["tokens"] and row["tokens"][-1][0] == STOP:
+            self.finish(key, "stop")
+        elif len(row["tokens"]) == self.limit:
+            self.finish(key, "length")
+
+    def finish(self, key, reason):
+        self.row(key).update(state="finished", end=reason)
+
+    def carry_over(self):
+        moved = self.rows("in_flight")
+        for row in moved:
+            row["state"] = "carried_over"
+        return [row["key"] for row in moved]
+
+    def score(self, key, reward):
+        self.row(key).update(state="scored", reward=reward)
+        rows = self.group_of(self.row(key))["rows"]
+        if any(row["state"] != "scored" for row in rows):
+            return False
+        for row in rows:
+            row["state"] = "ready"
+        return True
+
+    def by_urgency(self, *, ready):
+        """Started groups, the oldest first version first; with ``ready`` the complete ones."""
+        groups = [g for g in self.groups if g["first"] is not None]
+        if ready:
+            groups = [g for g in groups if g["rows"][0]["state"] == "ready"]
+        return sorted(groups, key=lambda g: (g["first"], g["id"]))
+
+    def can_deliver(self):
+        leaving = self.by_urgency(ready=True)[: self.batch_groups]
+        if len(leaving) < self.batch_groups:
+            return False
+        if self.bound is None:
+            return True
+        # Play the best future there is: from the next version on, the B oldest leave at each.
+        left = [g["first"] for g in self.by_urgency(ready=False) if g not in leaving]
+        version = self.version + 1
+        while left:
+            if version - left[0] > self.bound:
+                return False
+            left, version = left[self.batch_groups :], version + 1
+        return True
+
+    def remove(self, group, to):
+        self.groups.remove(group)
+        to.append(group["id"])
+
+
+class BufferMachine(RuleBasedStateMachine):
+    """Drives the model, a buffer, and a twin that is saved and loaded now and then."""
+
+    @initialize(
+        cap=st.integers(1, 4),
+        group_size=st.sampled_from([1, 1, 2, 3]),
+        batch_groups=st.integers(1, 2),
+        limit=st.integers(1, 5),
+        bound=st.sampled_from([None, 0, 1, 1, 2]),
+    )
+    def create(self, cap, group_size, batch_groups, limit, bound):
+        self.model = Model(cap, group_size, batch_groups, limit, bound)
+        self.buffer, self.twin = self.empty(), self.empty()
+        # The bound counts on B deliveries per version, and on nothing started in between.
+        self.delivered_since = bound is None
+
+    def empty(self):
+        return CarryOverBuffer(
+            cap=self.model.cap,
+            group_size=self.model.group_size,
+            batch_groups=self.model.batch_groups,
+            max_new_tokens=self.model.limit,
+            stop_token_ids=[STOP],
+            max_staleness=self.model.bound,
+        )
+
+    def both(self, call):
+        """The call's result, which must be the same from the buffer and its reloaded twin."""
+        result, twin = call(self.buffer), call(self.twin)
+        assert result == twin
+        return result
+
+    def refused(self, error, call):
+        for buffer in (self.buffer, self.twin):
+            with pytest.raises(error):
+                call(buffer)
+
+    def any_of(self, data, *states):
+        return data.draw(st.sampled_from(self.model.keys(*states)))
+
+    @precondition(lambda self: len(self.model.groups) < 8)
+    @rule()
+    def admit(self):
+        def call(b):
+            return b.admit(f"p{self.model.admitted}", self.model.admitted + 7, [5, 6])
+
+        if not self.model.may_admit():
+            self.refused(AssertionError, call)
+            return
+        assert self.both(call) == self.model.admitted
+        self.model.admit()
+
+    @rule(count=st.integers(1, 5))
+    def start(self, count):
+        for _ in range(count):
+            started = self.both(lambda b: b.start())
+            key = started and (started.group_id, started.sample)
+            assert key == self.model.start()
+            if key and self.model.bound is not None:
+                self.delivered_since = False
+
+    @precondition(lambda self: self.model.rows("in_flight"))
+    @rule(data=st.data(), size=st.integers(0, 3), stop=st.booleans())
+    def append(self, data, size, stop):
+        key = self.any_of(data, "in_flight")
+        size = min(size, self.model.limit - len(self.model.row(key)["tokens"]))
+        tokens = data.draw(st.lists(st.integers(1, 9), min_size=size, max_size=size))
+        logprobs = data.draw(st.lists(st.floats(-9, 0), min_size=size, max_size=size))
+        if stop and tokens:
+            tokens[-1] = STOP
+        self.both(lambda b: b.append(key, tokens, logprobs, self.model.version))
+        self.model.append(key, tokens, logprobs)
+
+    @precondition(lambda self: self.model.rows("in_flight"))
+    @rule(data=st.data())
+    def append_what_does_not_fit(self, data):
+        key, version = self.any_of(data, "in_flight"), self.model.version
+        over = [3] * (self.model.limit - len(self.model.row(key)["tokens"]) + 1)
+        self.refused(ValueError, lambda b: b.append(key, [3], [], version))
+        self.refused(ValueError, lambda b: b.append(key, over, [-1.0] * len(over), version))
+        self.refused(ValueError, lambda b: b.append(key, [STOP, 3], [-1.0] * 2, version))
+        self.refused(ValueError, lambda b: b.append(key, [3], [-1.0], version + 1))
+
+    @precondition(lambda self: self.model.rows("in_flight"))
+    @rule(data=st.data(), reason=st.sampled_from(["stop", "length"]))
+    def finish(self, data, reason):
+        key = self.any_of(data, "in_flight")
+        self.both(lambda b: b.finish(key, reason))
+        self.model.finish(key, reason)
+
+    @rule()
+    def carry_over(self):
+        assert self.both(lambda b: b.carry_over()) == self.model.carry_over()
+
+    @precondition(lambda self: self.model.rows("finished"))
+    @rule(data=st.data(), reward=st.floats(-1, 1))
+    def score(self, data, reward):
+        key = self.any_of(data, "finished")
+        assert self.both(lambda b: b.score(key, reward)) == self.model.score(key, reward)
+
+    @rule(count=st.integers(1, 6), youngest=st.booleans())
+    def complete_some(self, count, youngest):
+        for key in sorted(self.model.keys("in_flight"), reverse=youngest)[:count]:
+            self.both(lambda b, key=key: b.append(key, [STOP], [-0.5], self.model.version))
+            self.model.append(key, [STOP], [-0.5])
+        for key in self.model.keys("finished"):
+            assert self.both(lambda b, key=key: b.score(key, 1.0)) == self.model.score(key, 1.0)
+
+    @rule(count=st.integers(1, 4), youngest=st.booleans())
+    def run_a_stage(self, count, youngest):
+        """What a scheduler does, so that runs of some twenty steps get through many versions."""
+        while self.model.may_admit() and len(self.model.groups) < 4:
+            self.admit()
+        self.start(count=4)
+        self.complete_some(count=count, youngest=youngest)
+        if self.model.can_deliver():
+            self.carry_over()
+            self.deliver()
+            self.advance()
+
+    @precondition(lambda self: self.model.rows("ready"))
+    @rule(data=st.data())
+    def evict(self, data):
+        group = self.model.group_of(self.model.row(self.any_of(data, "ready")))
+        self.check_group(self.both(lambda b: b.evict(group["id"])), group)
+        self.model.remove(group, self.model.evicted)
+
+    @rule()
+    def deliver(self):
+        ready = self.model.by_urgency(ready=True)[: self.model.batch_groups]
+        if len(ready) < self.model.batch_groups:
+            self.refused(ValueError, lambda b: b.deliver())
+        elif self.model.can_deliver():
+            delivered = self.both(lambda b: b.deliver())
+            for actual, group in zip(delivered, ready, strict=True):
+                self.check_group(actual, group)
+                assert all(t.reward is not None and t.finish_reason for t in actual.trajectories)
+                if self.model.bound is not None:
+                    versions = [v for t in actual.trajectories for v in t.versions]
+                    assert all(self.model.version - v <= self.model.bound for v in versions)
+                self.model.remove(group, self.model.delivered)
+            self.delivered_since = True
+
+    @rule()
+    def advance(self):
+        version = self.model.version
+        if version:
+            self.refused(ValueError, lambda b: b.advance(version - 1))
+        if self.model.rows("in_flight"):
+            self.refused(ValueError, lambda b: b.advance(version + 1))
+        elif self.delivered_since:
+            self.both(lambda b: b.advance(version + 1))
+            self.model.version += 1
+            self.delivered_since = self.model.bound is None
+
+    @rule()
+    def save_and_load(self):
+        state = self.twin.state_dict()
+        assert_plain(state)
+        before = copy.deepcopy(state)
+        self.twin = self.empty()
+        self.twin.load_state_dict(json.loads(json.dumps(state)))
+        assert self.twin.state_dict() == before
+        # What is in flight is saved as carried over, so the buffer that goes on does the same.
+        assert self.buffer.carry_over() == self.model.carry_over()
+
+    def check_group(self, actual, group):
+        assert (actual.group_id, actual.prompt_index) == (group["id"], group["id"] + 7)
+        assert actual.first_version == group["first"]
+        for trajectory, row in zip(actual.trajectories, group["rows"], strict=True):
+            self.check_trajectory(trajectory, row)
+
+    def check_trajectory(self, actual, row):
+        assert (actual.group_id, actual.sample) == row["key"]
+        assert actual.prompt_id == f"p{row['key'][0]}"
+        assert actual.prompt_token_ids == (5, 6)
+        assert (actual.finish_reason, actual.reward) == (row["end"], row["reward"])
+        fields = (actual.response_token_ids, actual.behavior_logprobs("engine"), actual.versions)
+        assert list(zip(*fields, strict=True)) == row["tokens"]
+        assert actual.versions == sorted(actual.versions)
+        assert actual.response_length <= self.model.limit
+
+    @invariant()
+    def equals_the_model(self):
+        for buffer in (self.buffer, self.twin):
+            for status in Status:
+                assert buffer.keys(status) == self.model.keys(str(status))
+                if status not in (Status.DELIVERED, Status.EVICTED):
+                    assert buffer.count(status) == len(buffer.keys(status))
+            assert buffer.version == self.model.version
+            assert buffer.may_admit() == self.model.may_admit()
+            assert buffer.can_deliver() == self.model.can_deliver()
+            assert buffer.ready_groups * self.model.group_size == len(self.model.rows("ready"))
+            for group in self.model.groups:
+                self.check_group(buffer.group(group["id"]), group)
+        assert self.buffer.state_dict() == self.twin.state_dict()
+
+    @invariant()
+    def keeps_count(self):
+        size = self.model.group_size
+        for buffer in (self.buffer, self.twin):
+            assert buffer.admitted == self.model.admitted * size
+            assert buffer.admitted == sum(buffer.count(status) for status in Status)
+            assert buffer.count(Status.DELIVERED) == len(self.model.delivered) * size
+            assert buffer.count(Status.EVICTED) == len(self.model.evicted) * size
+            assert buffer.in_flight == buffer.count(Status.IN_FLIGHT) <= self.model.cap
+        gone = self.model.delivered + self.model.evicted
+        here = [g["id"] for g in self.model.groups]
+        assert sorted(gone + here) == list(range(self.model.admitted))
+
+    @invariant()
+    def never_gets_stuck(self):
+        urgent = self.model.by_urgency(ready=False)[: self.model.batch_groups]
+        if len(urgent) == self.model.batch_groups and all(
+            row["state"] == "ready" for group in urgent for row in group["rows"]
+        ):
+            assert self.buffer.can_deliver()
+
+
+BufferMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestBufferAgainstModel = BufferMachine.TestCase

@@ -1,0 +1,272 @@
+"""The command line: every config, every bad input, and whole runs on the simulated engine."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import yaml
+
+from copris_lightning.__main__ import main
+from copris_lightning.cli import CoprisCLI
+from copris_lightning.module import CoprisModule
+from copris_lightning.rollout.engine import EngineSpec
+from copris_lightning.rollout.vllm import VLLMEngine
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "overlays")
+OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
+SIMULATED = str(ROOT / "configs" / "simulated.yaml")
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def never_boots(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(self: VLLMEngine, spec: EngineSpec) -> None:
+        pytest.fail("the engine was booted")
+
+    monkeypatch.setattr(VLLMEngine, "start", start)
+
+
+def instantiate(*args: str) -> CoprisCLI:
+    return CoprisCLI(
+        CoprisModule,
+        L.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        args=list(args),
+    )
+
+
+def data_files(directory: Path) -> list[str]:
+    """Local stand-ins for the data sets that the large config names."""
+    rows = [{"problem": f"What is {i}?", "answer": str(i)} for i in range(80)]
+    (directory / "data").mkdir()
+    for name in ("deepscaler", "aime24"):
+        path = directory / "data" / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--trainer.accelerator", "cpu"]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_is_instantiated(config: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+    args = ["--config", str(config), "--model.init_args.model", str(tiny_checkpoint)]
+    if config.stem.startswith("deepscaler"):
+        args += data_files(tmp_path)
+    cli = instantiate(*args)
+    assert cli.datamodule.model == str(tiny_checkpoint)
+    assert cli.model.model == str(tiny_checkpoint)
+
+
+def test_the_large_config_is_the_papers(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config = str(ROOT / "configs" / "deepscaler_1.5b.yaml")
+    model = ["--model.init_args.model", str(tiny_checkpoint)]
+    cli = instantiate("--config", config, *model, *data_files(tmp_path))
+    settings = cli.datamodule.settings
+    assert (settings.cap, settings.batch_groups, settings.group_size) == (1024, 64, 8)
+    assert (settings.max_prompt_tokens, settings.max_new_tokens) == (1024, 15360)
+    assert (settings.val_samples, settings.val_temperature) == (32, 0.6)
+    assert (cli.model.loss.clip_low, cli.model.loss.clip_high) == (0.2, 0.28)
+    assert cli.model.loss.dual_clip == 10.0
+    assert cli.trainer.gradient_clip_val == 1.0
+    cli.model.configure_model()
+    configured = cli.model.configure_optimizers()
+    schedule = configured["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(12):
+        rates.append(configured["optimizer"].param_groups[0]["lr"])
+        configured["optimizer"].step()
+        schedule.step()
+    assert rates[0] < rates[5] < rates[10] == pytest.approx(1e-6)
+    assert rates[11] == pytest.approx(1e-6)
+    assert configured["lr_scheduler"]["interval"] == "step"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
+def test_every_overlay_changes_what_it_says_and_nothing_else(
+    overlay: Path, tiny_checkpoint: Path
+) -> None:
+    base = ["--config", QUICKSTART, "--model.init_args.model", str(tiny_checkpoint)]
+    plain = instantiate(*base).config.as_dict()
+    changed = instantiate("--config", QUICKSTART, "--config", str(overlay), *base[2:])
+    changed = changed.config.as_dict()
+    differences = {
+        "sync": [("data", "init_args", "max_staleness", 0)],
+        "no_is": [("model", "init_args", "loss", "init_args", "importance_sampling", False)],
+    }[overlay.stem]
+    for *path, key, value in differences:
+        for config in (plain, changed):
+            for name in path:
+                config = config[name]
+            config["seen"] = config.pop(key)
+        assert config["seen"] == value
+    for *path, _key, _value in differences:
+        for config in (plain, changed):
+            for name in path:
+                config = config[name]
+            del config["seen"]
+    plain.pop("config")
+    changed.pop("config")
+    assert changed == plain
+
+
+@pytest.mark.parametrize("config", [SIMULATED, QUICKSTART], ids=["simulated", "quickstart"])
+def test_print_config_round_trips(
+    config: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--config", config, "--model.init_args.model", str(tiny_checkpoint)]
+    printed = []
+    for _ in range(2):
+        with pytest.raises(SystemExit) as stop:
+            main([*args, "--print_config"])
+        assert stop.value.code == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "printed.yaml").write_text(printed[-1])
+        args = ["fit", "--config", str(tmp_path / "printed.yaml")]
+    assert yaml.safe_load(printed[0]) == yaml.safe_load(printed[1])
+
+
+def test_a_simulated_run_ends_with_a_summary_logs_and_a_ledger(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["fit", "--config", SIMULATED, "--model.init_args.model", str(tiny_checkpoint)]
+    assert main([*args, "--trainer.max_steps", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "4 batches trained" in out
+    assert "carried over" in out
+    assert len(list(tmp_path.glob("runs/simulated/version_0/ledger/batch_*.jsonl"))) == 4
+    assert list(tmp_path.glob("runs/simulated/version_0/events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_evaluation_commands_run(
+    command: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = {"validate": "val_prompts", "test": "test_prompts", "predict": "predict_prompts"}
+    key = f"--data.init_args.{prompts[command]}"
+    args = [command, "--config", SIMULATED, "--model.init_args.model", str(tiny_checkpoint)]
+    args += [key, "copris_testing.SomePrompts", f"{key}.size", "20"]
+    assert main([*args, "--data.init_args.val_samples", "3"]) == 0
+    if command == "predict":
+        lines = next(tmp_path.rglob("predictions.jsonl")).read_text().splitlines()
+        records = [json.loads(line) for line in lines]
+        counts = {f"p{i:03d}": 3 for i in range(20)}
+        assert {n: sum(r["prompt_id"] == n for r in records) for n in counts} == counts
+    else:
+        area = {"validate": "val", "test": "test"}[command]
+        assert f"{area}/pass_at_k" in capsys.readouterr().out
+
+
+BAD_INPUT = [
+    (["--data.init_args.cap", "0"], r"data.init_args.cap=0 must be at least 1"),
+    (["--data.init_args.batch_groups", "0"], r"data.init_args.batch_groups=0"),
+    (["--data.init_args.group_size", "1"], r"data.init_args.group_size=1 must be at least 2"),
+    (["--data.init_args.temperature", "0"], r"data.init_args.temperature=0.0 must be above 0"),
+    (["--data.init_args.max_new_tokens", "512"], r"max_new_tokens=512 does not fit .* 512 tokens"),
+    (["--data.init_args.max_new_tokens", "500"], r"32 \+ max_new_tokens=500 = 532 exceeds"),
+    (["--model.init_args.model", "no/such-model"], r"model.init_args.model='no/such-model'"),
+    (["--model.init_args.model", "/no/such/dir"], r"model.init_args.model='/no/such/dir'"),
+    (
+        ["--data.init_args.prompts", "bad_prompts.Chat"],
+        r"chat messages, but the tokenizer .* has no chat template",
+    ),
+    (["--data.init_args.prompts", "bad_prompts.Empty"], r"data.init_args.prompts.* is empty"),
+    (
+        ["--data.init_args.prompts", "bad_prompts.Long"],
+        r"prompt 'long' has 40 tokens, more than data.init_args.max_prompt_tokens=32",
+    ),
+    (["--data.init_args.reward", "bad_prompts.NotAReward"], r"reward"),
+    (
+        ["--trainer.accumulate_grad_batches", "400"],
+        r"256 trajectories cannot fill 400 micro-batches .*accumulate_grad_batches=400",
+    ),
+    (
+        ["--trainer.callbacks", "copris_lightning.StalenessMonitor"],
+        r"trainer.callbacks has no copris_lightning.WeightSync",
+    ),
+    (
+        ["--data.init_args.engine.init_args.engine_args", '{"max_num_seqs": 3}'],
+        r"max_num_seqs=3 is below the 256",
+    ),
+]
+
+BAD_PROMPTS = """
+from copris_lightning import Prompt
+
+class Chat:
+    def __len__(self): return 1
+    def __getitem__(self, i): return Prompt("chat", messages=({"role": "user", "content": "1+1"},))
+
+class Empty:
+    def __len__(self): return 0
+    def __getitem__(self, i): raise IndexError
+
+class Long:
+    def __len__(self): return 1
+    def __getitem__(self, i): return Prompt("long", text="1" * 40)
+
+class NotAReward:
+    pass
+"""
+
+
+@pytest.mark.usefixtures("never_boots")
+@pytest.mark.parametrize(("change", "message"), BAD_INPUT, ids=lambda v: str(v)[:60])
+def test_bad_input_is_refused_before_the_engine_boots(
+    change: list[str],
+    message: str,
+    no_chat_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad_prompts.py").write_text(BAD_PROMPTS)
+    monkeypatch.syspath_prepend(tmp_path)
+    args = ["fit", "--config", QUICKSTART, "--model.init_args.model", str(no_chat_checkpoint)]
+    try:
+        status: Any = main([*args, *change])
+    except SystemExit as stop:  # what the argument parser itself refuses
+        status = stop.code
+    assert status == 2
+    complaint = capsys.readouterr().err
+    assert re.search(message, complaint, re.S), complaint[-2000:]
+    assert "Traceback" not in complaint
+
+
+@pytest.fixture(scope="module")
+def no_chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import AutoTokenizer
+
+    from copris_lightning.quickstart.warm_start import tiny_model
+
+    path = tiny_model(tmp_path_factory.mktemp("plain"), hidden_size=64, layers=2)
+    for file in path.glob("chat_template*"):
+        file.unlink()
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_the_package_runs_as_a_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "copris_lightning", "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0
+    for command in ("fit", "validate", "test", "predict"):
+        assert command in result.stdout

@@ -1,0 +1,158 @@
+"""`fit` on the real engine: policy versions, importance ratios, and syncs that go wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from copris_testing import ShareOfDigits, SomePrompts, StaleHeadEngine, reference_logprobs
+from lightning.pytorch.loggers import CSVLogger
+from transformers import AutoModelForCausalLM
+
+from copris_lightning import (
+    CoprisModule,
+    RolloutDataModule,
+    StalenessMonitor,
+    TrajectoryLedger,
+    VLLMEngine,
+    WeightSync,
+)
+from copris_lightning.core.trajectory import PromptGroup
+from copris_lightning.errors import ParityError
+
+SIZES: dict[str, Any] = {
+    "cap": 20,
+    "batch_groups": 4,
+    "group_size": 2,
+    "max_prompt_tokens": 16,
+    "max_new_tokens": 96,
+}
+
+
+class Recorder(L.Callback):
+    """Keeps, per batch, what was delivered and what the step computed; and weights by version."""
+
+    def __init__(self, sync: WeightSync) -> None:
+        self.sync = sync
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        self.batches: list[list[PromptGroup]] = []
+        self.ratios: list[torch.Tensor] = []
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Before the first step on a batch the trainer holds what the last stage was made with.
+        self.weights.setdefault(
+            self.sync.version, {k: v.clone() for k, v in pl_module.policy.state_dict().items()}
+        )
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.ratios.append(outputs["ratio"][batch.response_mask])
+        if batch.is_last:
+            self.batches.append(trainer.datamodule.training.delivered)
+
+
+def fit(
+    checkpoint: Path,
+    engine: VLLMEngine,
+    directory: Path,
+    *,
+    lr: float,
+    steps: int,
+    temperature: float = 0.8,
+    **data: Any,
+) -> tuple[L.Trainer, Recorder]:
+    module = CoprisModule(
+        str(checkpoint), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr)
+    )
+    datamodule = RolloutDataModule(
+        str(checkpoint),
+        prompts=SomePrompts(),
+        reward=ShareOfDigits(),
+        engine=engine,
+        temperature=temperature,
+        **SIZES,
+        **data,
+    )
+    sync = WeightSync()
+    recorder = Recorder(sync)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        accumulate_grad_batches=2,
+        logger=CSVLogger(directory),
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[sync, StalenessMonitor(), TrajectoryLedger(), recorder],
+    )
+    trainer.fit(module, datamodule=datamodule)
+    return trainer, recorder
+
+
+def test_each_segment_bears_the_logprobs_of_the_very_weights_of_its_version(
+    tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
+) -> None:
+    engine = VLLMEngine(cpu_engine_args)
+    trainer, recorder = fit(tiny_checkpoint, engine, tmp_path, lr=2.0, steps=6)
+    models = {}
+    for version, weights in recorder.weights.items():
+        models[version] = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
+        models[version].load_state_dict(weights)
+    assert len(models) == 6
+
+    rows = [t for groups in recorder.batches for g in groups for t in g.trajectories]
+    mixed = 0
+    other_version = 0.0
+    for trajectory in rows:
+        tokens = [*trajectory.prompt_token_ids, *trajectory.response_token_ids]
+        start = len(trajectory.prompt_token_ids)
+        mixed += trajectory.is_mixed
+        for segment in trajectory.segments:
+            ours = reference_logprobs(models[segment.version], tokens, start, 0.8)
+            ours = ours[: len(segment)]
+            assert (ours - torch.tensor(segment.logprobs)).abs().max() < 1e-4
+            assert (ours - torch.tensor(segment.trainer_logprobs)).abs().max() < 1e-5
+            others = reference_logprobs(models[(segment.version + 3) % 6], tokens, start, 0.8)
+            difference = (others[: len(segment)] - torch.tensor(segment.logprobs)).abs().max()
+            other_version = max(other_version, float(difference))
+            tokens_before = start
+            start = tokens_before + len(segment)
+    assert mixed > 0.1 * len(rows)
+    # Had the versions been mixed up, it would show.
+    assert other_version > 1e-2
+
+    ledger = sorted((Path(trainer.log_dir or "") / "ledger").iterdir())
+    records = [json.loads(line) for file in ledger for line in file.read_text().splitlines()]
+    assert [r["prompt_id"] for r in records] == [t.prompt_id for t in rows]
+    assert all(sum(s["tokens"] for s in r["segments"]) == r["response_tokens"] for r in records)
+
+
+@pytest.mark.parametrize("source", ["engine", "trainer"])
+def test_with_learning_rate_zero_every_importance_ratio_is_one(
+    tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path, source: str
+) -> None:
+    engine = VLLMEngine(cpu_engine_args)
+    _, recorder = fit(tiny_checkpoint, engine, tmp_path, lr=0.0, steps=5, behavior_logprobs=source)
+    rows = [t for groups in recorder.batches for g in groups for t in g.trajectories]
+    assert any(len(t.segments) > 1 for t in rows)
+    assert max(s.version for t in rows for s in t.segments) >= 3
+    ratios = torch.cat(recorder.ratios)
+    assert len(ratios) > 1000
+    assert (ratios - 1).abs().max() < 1e-4
+
+
+def test_a_stale_sync_stops_the_run_and_names_the_layer(
+    tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ParityError, match=r"differ from the trainer's by up to .*lm_head") as error:
+        fit(tiny_checkpoint, StaleHeadEngine(cpu_engine_args), tmp_path, lr=2.0, steps=3)
+    assert "after the sync of version 1" in str(error.value)
+    assert "layers." not in str(error.value)
