@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from copris_lightning.core.batching import MicroBatch, collate
@@ -53,11 +54,16 @@ class WeightSync(L.Callback):
     # -- Lightning's hooks -----------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse modules that there is nothing to sync between."""
+        """Refuse what weights cannot be read from or sent to."""
         if not isinstance(pl_module, CoprisModule):
             raise ConfigurationError(f"WeightSync needs a CoprisModule, got {type(pl_module)}")
         if not isinstance(_datamodule(trainer), RolloutDataModule):
             raise ConfigurationError("WeightSync needs a RolloutDataModule")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+            raise ConfigurationError(
+                f"trainer.strategy={type(trainer.strategy).__name__}: WeightSync reads whole "
+                "parameters, which this strategy splits over ranks; use auto or ddp"
+            )
         self._is_synced = False
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -7,7 +7,6 @@ import inspect
 import math
 import multiprocessing
 import pickle
-import signal
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ Reward = Callable[[str, Prompt], Any]
 """A verifiable reward: ``reward(response, prompt)`` scores the response text (special tokens
 dropped) with a finite number. In YAML it is the ``class_path`` of a class with a ``__call__``.
 
-A plain function or ``__call__`` runs in a worker process; an ``async`` one (a judge behind a
+A plain function or ``__call__`` runs in a worker process, which has a copy of its own; an ``async`` one (a judge behind a
 network, say) is awaited on the rollout's event loop.
 """
 
@@ -110,7 +109,7 @@ class RewardScorer:
         self._reward = reward
         self._timeout_s = timeout_s
         self._workers = workers
-        self._pool: _StoppableProcesses | None = None
+        self._pool: _RewardProcesses | None = None
 
     async def start(self) -> None:
         """Start the worker processes and have them import the reward, so that the first stage does
@@ -119,7 +118,7 @@ class RewardScorer:
             loop = asyncio.get_running_loop()
             pool = self._processes()
             await asyncio.gather(
-                *(loop.run_in_executor(pool, _receive, self._reward) for _ in range(self._workers))
+                *(loop.run_in_executor(pool, _nothing) for _ in range(self._workers))
             )
 
     async def __call__(self, response: str, prompt: Prompt) -> float:
@@ -156,9 +155,9 @@ class RewardScorer:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._processes(), self._reward, response, prompt)
 
-    def _processes(self) -> _StoppableProcesses:
+    def _processes(self) -> _RewardProcesses:
         if self._pool is None:
-            self._pool = _StoppableProcesses(self._workers, self._timeout_s)
+            self._pool = _RewardProcesses(self._reward, self._workers, self._timeout_s)
         return self._pool
 
     def close(self) -> None:
@@ -168,21 +167,27 @@ class RewardScorer:
             self._pool = None
 
 
-class _StoppableProcesses(Executor):
-    """pebble's process pool as an asyncio executor: it can kill a call that takes too long."""
+class _RewardProcesses(Executor):
+    """pebble's process pool as an asyncio executor: it can kill a call that takes too long.
 
-    def __init__(self, workers: int, timeout_s: float) -> None:
+    Every worker gets its own copy of the reward once, when it starts.
+    """
+
+    def __init__(self, reward: Reward, workers: int, timeout_s: float) -> None:
         # Forking is unsafe beside the engine's and torch's threads, hence "spawn".
         self._pool = ProcessPool(
             max_workers=workers,
-            initializer=_ignore_interrupt,
+            initializer=_receive,
+            initargs=(reward,),
             context=multiprocessing.get_context("spawn"),
         )
         self._timeout_s = timeout_s
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call the workers' copy of the reward (``fn`` is the original) or of a plain function."""
+        call = fn if fn is _nothing else _call_received
         future: Future[Any] = self._pool.schedule(
-            fn, args=args, kwargs=kwargs, timeout=self._timeout_s
+            call, args=args, kwargs=kwargs, timeout=self._timeout_s
         )
         return future
 
@@ -191,10 +196,17 @@ class _StoppableProcesses(Executor):
         self._pool.join()
 
 
+_received: list[Reward] = []
+"""In a worker: its copy of the reward."""
+
+
 def _receive(reward: Reward) -> None:
-    """What a worker does first: unpickling the argument has imported it."""
+    _received[:] = [reward]
 
 
-def _ignore_interrupt() -> None:
-    """Ctrl-C reaches the whole process group; the main process ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _call_received(response: str, prompt: Prompt) -> Any:
+    return _received[0](response, prompt)
+
+
+def _nothing() -> None:
+    """What a worker does first: it has started, and imported the reward, when this returns."""

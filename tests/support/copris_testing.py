@@ -32,7 +32,7 @@ class ShareOfDigits:
 
 
 class FailingReward:
-    """Raises after a number of calls."""
+    """Works for a while (each worker counts its own calls), then raises."""
 
     def __init__(self, after: int = 0) -> None:
         self.after = after

@@ -1,0 +1,111 @@
+"""What the documents show is run, or at least parsed, as it stands there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from copris_lightning.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+DOCS = ("README.md", "CONTRIBUTING.md")
+
+
+def blocks(language: str) -> list[str]:
+    text = "\n".join((ROOT / name).read_text() for name in DOCS)
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def shell_commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return sorted({line for line in lines if line})
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> Path:
+    """A directory with the files that the README has its reader write."""
+    python, script = blocks("python")
+    (tmp_path / "my_task.py").write_text(python)
+    local = str(tiny_checkpoint)
+    (yaml,) = (b for b in blocks("yaml") if "my_run.yaml" in b)
+    (tmp_path / "my_run.yaml").write_text(yaml.replace("Qwen/Qwen3-0.6B", local))
+    (tmp_path / "my_script.py").write_text(script.replace("Qwen/Qwen3-0.6B", local))
+    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(64)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+# The README's lengths are a real model's; the tiny one takes 512 tokens in all.
+FIT = [
+    *("--data.init_args.max_prompt_tokens=64", "--data.init_args.max_new_tokens=64"),
+    *("--data.init_args.engine=copris_lightning.SimulatedEngine", "--trainer.accelerator=cpu"),
+    "--trainer.max_steps=2",
+]
+
+
+@pytest.mark.parametrize("command", [c for c in shell_commands() if c.startswith("copris ")])
+def test_commands_of_the_documents_are_understood(
+    command: str, newcomer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*shlex.split(command)[1:], "--print_config"])
+    assert stop.value.code == 0
+    assert "RolloutDataModule" in capsys.readouterr().out
+
+
+def test_the_readmes_yaml_trains(newcomer: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "my_run.yaml", *FIT]) == 0
+    assert "2 batches trained" in capsys.readouterr().out
+
+
+def test_the_readmes_script_trains(newcomer: Path) -> None:
+    script = (newcomer / "my_script.py").read_text()
+    engine = 'VLLMEngine({"dtype": "float32", "enforce_eager": True})'
+    assert engine in script
+    script = script.replace(engine, "SimulatedEngine()").replace("VLLMEngine", "SimulatedEngine")
+    script = script.replace("max_steps=200", 'max_steps=2, accelerator="cpu"')
+    (newcomer / "my_script.py").write_text(script)
+    result = subprocess.run(
+        [sys.executable, "my_script.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": ""},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_make_targets_and_test_paths_of_the_documents_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in shell_commands():
+        words = shlex.split(command)
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.M), command
+        elif "pytest" in words:
+            for path in (w for w in words if w.startswith("tests/")):
+                assert (ROOT / path).exists(), command
+        else:
+            assert words[0] in ("copris", "pip"), f"nothing runs this command: {command}"
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    text = "\n".join((ROOT / name).read_text() for name in DOCS)
+    for path in set(re.findall(r"`((?:tests|configs)/[\w./]+)`", text)):
+        assert (ROOT / path).exists(), path
+
+
+def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    commands = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
+    assert commands == ["make test"]

@@ -1,0 +1,354 @@
+"""`fit` through Lightning on the simulated engine: order, checkpoints, flags and failures."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from copris_testing import FailingReward, SomePrompts
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from copris_lightning import (
+    CoprisModule,
+    RolloutDataModule,
+    RolloutProgressBar,
+    SimulatedEngine,
+    StalenessMonitor,
+    TrajectoryLedger,
+    WeightSync,
+)
+from copris_lightning.errors import EngineError, ParityError, RewardError
+from copris_lightning.rollout.simulated import Faults, LengthModel
+
+
+async def parity(response: str, prompt: Any) -> float:
+    """A reward on the event loop: no processes, so that a test takes no time."""
+    return float(len(response) % 2)
+
+
+class LoggingEngine(SimulatedEngine):
+    """Writes down every sync."""
+
+    def __init__(self, log: list[str], **kwargs: Any) -> None:
+        super().__init__(LengthModel(median=12, sigma=1.0), **kwargs)
+        self.log = log
+        self.closed = 0
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        await super().update_weights(weights, version)
+        self.log.append(f"sync {version}")
+
+    async def close(self) -> None:
+        self.closed += 1
+        await super().close()
+
+
+class LoggingModule(CoprisModule):
+    """Writes down every training step."""
+
+    log_: list[str]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log_.append("train")
+        return super().training_step(batch, batch_idx)
+
+
+def build(
+    checkpoint: Path,
+    directory: Path,
+    *,
+    lr: float = 0.1,
+    faults: Faults | None = None,
+    callbacks: Sequence[L.Callback] = (),
+    data: dict[str, Any] | None = None,
+    **trainer: Any,
+) -> tuple[L.Trainer, LoggingModule, RolloutDataModule, list[str]]:
+    log: list[str] = []
+    module = LoggingModule(str(checkpoint), optimizer=lambda p: torch.optim.SGD(p, lr=lr))
+    module.log_ = log
+    settings: dict[str, Any] = {
+        "prompts": SomePrompts(24),
+        "reward": parity,
+        "cap": 12,
+        "batch_groups": 4,
+        "group_size": 2,
+        "max_prompt_tokens": 16,
+        "max_new_tokens": 48,
+        **(data or {}),
+    }
+    datamodule = RolloutDataModule(
+        str(checkpoint), engine=LoggingEngine(log, faults=faults), **settings
+    )
+    datamodule.observers.append(lambda e: log.append("collect") if e.kind == "deliver" else None)
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": 6,
+        "logger": CSVLogger(directory),
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        **trainer,
+    }
+    chosen = [WeightSync(), StalenessMonitor(), TrajectoryLedger(str(directory)), *callbacks]
+    return L.Trainer(callbacks=chosen, **options), module, datamodule, log
+
+
+def ledger(directory: Path) -> list[dict[str, Any]]:
+    files = sorted((directory / "ledger").glob("batch_*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def assert_closed(datamodule: RolloutDataModule) -> None:
+    assert datamodule.session is None
+    assert datamodule.engine.closed == 1  # type: ignore[attr-defined]
+    assert not [t for t in threading.enumerate() if t.name == "copris-rollout"]
+
+
+@pytest.mark.parametrize(("updates", "accumulate"), [(1, 1), (1, 3), (2, 2)])
+def test_the_order_is_collect_train_sync(
+    tiny_checkpoint: Path, tmp_path: Path, updates: int, accumulate: int
+) -> None:
+    trainer, module, data, log = build(
+        tiny_checkpoint,
+        tmp_path,
+        data={"updates_per_batch": updates},
+        accumulate_grad_batches=accumulate,
+        max_steps=3 * updates,
+    )
+    trainer.fit(module, datamodule=data)
+    expected = ["sync 0"]
+    for version in (1, 2, 3):
+        expected += ["collect", *["train"] * (updates * accumulate), f"sync {version}"]
+    assert log == expected
+    assert_closed(data)
+
+
+def test_nothing_is_lost_or_doubled_over_two_epochs(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    trainer, module, data, _ = build(tiny_checkpoint, tmp_path, max_steps=12)
+    trainer.fit(module, datamodule=data)
+    records = ledger(tmp_path)
+    assert len(records) == 12 * 4 * 2
+    # 12 batches of 4 groups are two epochs of 24 prompts, less what is still carried over; a
+    # prompt of the third epoch may overtake those.
+    assert max(Counter((r["prompt_id"], r["sample"]) for r in records).values()) <= 3
+    assert [r["batch"] for r in records] == sorted(r["batch"] for r in records)
+    for record in records:
+        versions = [segment["version"] for segment in record["segments"]]
+        assert versions == sorted(set(versions))
+        assert sum(s["tokens"] for s in record["segments"]) == record["response_tokens"]
+        assert versions[-1] <= record["batch"]
+    assert any(len(r["segments"]) > 1 for r in records)
+
+
+@pytest.mark.parametrize("when", ["at a sync", "within a batch"])
+def test_a_run_resumed_from_a_checkpoint_trains_on_exactly_what_the_uncut_run_would(
+    tiny_checkpoint: Path, tmp_path: Path, when: str
+) -> None:
+    updates = 2 if when == "within a batch" else 1
+    settings = {"updates_per_batch": updates}
+    total, cut = (8, 3) if updates == 2 else (6, 3)
+    uncut, module, data, _ = build(
+        tiny_checkpoint, tmp_path / "uncut", data=settings, max_steps=total
+    )
+    uncut.fit(module, datamodule=data)
+
+    checkpoint = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=cut, save_top_k=-1)
+    first, module, data, _ = build(
+        tiny_checkpoint,
+        tmp_path / "cut",
+        data=settings,
+        max_steps=cut,
+        enable_checkpointing=True,
+        callbacks=[checkpoint],
+    )
+    first.fit(module, datamodule=data)
+    second, module, data, log = build(
+        tiny_checkpoint, tmp_path / "cut", data=settings, max_steps=total
+    )
+    # The safe loader: the rollout's state is plain values.
+    second.fit(module, datamodule=data, ckpt_path=tmp_path / "cut.ckpt", weights_only=True)
+
+    # The engine gets the restored weights before anything is generated or trained.
+    assert log[0] == ("sync 3" if updates == 1 else "sync 1")
+    assert log[1] == ("collect" if updates == 1 else "train")
+    ours, theirs = ledger(tmp_path / "cut"), ledger(tmp_path / "uncut")
+    same = ("batch", "prompt_id", "sample", "segments", "response", "reward", "advantage")
+    assert [{k: r[k] for k in same} for r in ours] == [{k: r[k] for k in same} for r in theirs]
+
+
+def test_with_learning_rate_zero_the_ratio_to_the_trainers_logprobs_is_one(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    ratios: list[Tensor] = []
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, _: int):
+            ratios.append(outputs["ratio"][batch.response_mask])
+
+    trainer, module, data, _ = build(
+        tiny_checkpoint, tmp_path, lr=0.0, callbacks=[Keep()], accumulate_grad_batches=2
+    )
+    trainer.fit(module, datamodule=data)
+    assert any(len(r["segments"]) > 1 for r in ledger(tmp_path))
+    assert (torch.cat(ratios) - 1).abs().max() < 1e-4
+
+
+def test_metrics_have_the_names_of_the_design(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    trainer, module, data, _ = build(tiny_checkpoint, tmp_path)
+    trainer.fit(module, datamodule=data)
+    names = set(trainer.callback_metrics)
+    assert names >= {
+        "train/loss",
+        "train/reward",
+        "is/ratio_mean",
+        "is/clip_fraction",
+        "is/ess",
+        "rollout/in_flight",
+        "rollout/carried_over",
+        "rollout/tokens_per_s",
+        "rollout/stage_s",
+        "staleness/lag_mean",
+        "staleness/lag_max",
+        "staleness/mixed_fraction",
+        "sync/seconds",
+        "time/rollout_fraction",
+    }
+    last = [r for r in ledger(tmp_path) if r["batch"] == 5]
+    mixed = sum(len(r["segments"]) > 1 for r in last) / len(last)
+    lags = [5 - s["version"] for r in last for s in r["segments"] for _ in range(s["tokens"])]
+    assert trainer.callback_metrics["staleness/mixed_fraction"] == pytest.approx(mixed)
+    assert trainer.callback_metrics["staleness/lag_mean"] == pytest.approx(sum(lags) / len(lags))
+    assert trainer.callback_metrics["staleness/lag_max"] == max(lags)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_staleness_bound_holds_for_every_trained_token(
+    tiny_checkpoint: Path, tmp_path: Path, staleness: int
+) -> None:
+    trainer, module, data, _ = build(
+        tiny_checkpoint, tmp_path, data={"max_staleness": staleness}, max_steps=10
+    )
+    trainer.fit(module, datamodule=data)
+    lags = [r["batch"] - s["version"] for r in ledger(tmp_path) for s in r["segments"]]
+    assert max(lags) == staleness
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"fast_dev_run": True},
+        {"fast_dev_run": 3, "accumulate_grad_batches": 2},
+        {"logger": False},
+        {"limit_val_batches": 0},
+        {"limit_train_batches": 2, "max_epochs": 2, "max_steps": -1},
+        {"max_time": "00:00:00:00"},
+    ],
+    ids=str,
+)
+def test_trainer_flags_end_cleanly(
+    tiny_checkpoint: Path, tmp_path: Path, flags: dict[str, Any]
+) -> None:
+    trainer, module, data, log = build(
+        tiny_checkpoint, tmp_path, data={"val_prompts": SomePrompts(6)}, **flags
+    )
+    trainer.fit(module, datamodule=data)
+    assert log[0] == "sync 0"
+    assert_closed(data)
+
+
+def test_validation_during_fit_leaves_training_as_it_was(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for name, options in (("with", {"val_check_interval": 2}), ("without", {})):
+        prompts = {"val_prompts": SomePrompts(9), "val_samples": 3} if options else {}
+        trainer, module, data, _ = build(
+            tiny_checkpoint, tmp_path / name, data=prompts, check_val_every_n_epoch=1, **options
+        )
+        trainer.fit(module, datamodule=data)
+        assert ("val/avg_at_k" in trainer.callback_metrics) == bool(options)
+        assert ("val/pass_at_k" in trainer.callback_metrics) == bool(options)
+    assert ledger(tmp_path / "with") == ledger(tmp_path / "without")
+
+
+def test_an_exception_in_the_reward_surfaces_with_its_cause_and_the_prompt(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer, module, data, _ = build(
+        tiny_checkpoint, tmp_path, data={"reward": FailingReward(after=0)}
+    )
+    with pytest.raises(RewardError, match=r"reward of prompt 'p0\d\d' raised") as error:
+        trainer.fit(module, datamodule=data)
+    assert isinstance(error.value.__cause__, KeyError)
+    assert_closed(data)
+
+
+def test_an_engine_that_dies_ends_the_run(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    trainer, module, data, _ = build(tiny_checkpoint, tmp_path, faults=Faults(die_after_tokens=500))
+    with pytest.raises(EngineError, match="died"):
+        trainer.fit(module, datamodule=data)
+    assert_closed(data)
+
+
+def test_an_interrupt_while_a_rollout_runs_ends_cleanly(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    class Interrupt(RolloutProgressBar):
+        def on_rollout_progress(self, progress: Any) -> None:
+            raise KeyboardInterrupt
+
+    async def slow(response: str, prompt: Any) -> float:
+        time.sleep(0.3)  # noqa: ASYNC251 - holds up the loop, so that the main thread waits
+        return 0.0
+
+    trainer, module, data, _ = build(
+        tiny_checkpoint,
+        tmp_path,
+        data={"reward": slow},
+        callbacks=[Interrupt()],
+        enable_progress_bar=True,
+        max_steps=1,
+    )
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        trainer.fit(module, datamodule=data)
+    assert_closed(data)
+
+
+class WrongScores(LoggingEngine):
+    """Pretends to have a model, whose log-probs are off by a hundredth."""
+
+    async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
+        scores = []
+        for tokens in sequences:
+            with torch.no_grad():
+                logits = self.module.policy(torch.tensor([tokens])).logits[0, :-1]
+            targets = torch.tensor(tokens[1:])[:, None]
+            values = logits.log_softmax(-1).gather(1, targets)[:, 0]
+            scores.append([*values[:-1].tolist(), float(values[-1]) + self.off])
+        return scores
+
+
+@pytest.mark.parametrize("off", [0.0, 0.01, float("nan")])
+def test_the_parity_probe_sees_a_difference_of_one_token(
+    tiny_checkpoint: Path, tmp_path: Path, off: float
+) -> None:
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, max_steps=2)
+    data.engine = WrongScores(log)
+    data.engine.module, data.engine.off = module, off  # type: ignore[attr-defined]
+    if off == 0.0:
+        trainer.fit(module, datamodule=data)
+        assert trainer.callback_metrics["sync/parity_max_abs"] < 1e-5
+    else:
+        with pytest.raises(ParityError, match=r"version 0 .* tolerance WeightSync.parity_tol"):
+            trainer.fit(module, datamodule=data)
+    assert_closed(data)
