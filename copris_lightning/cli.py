@@ -16,8 +16,14 @@ class CoprisCLI(LightningCLI):
     """``copris fit | validate | test | predict --config FILE [--config OVERLAY] [--key value]``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The engine boots with the checkpoint that the module trains."""
+        """The engine boots with the checkpoint that the module trains; one seed for everything."""
         parser.link_arguments("model.init_args.model", "data.init_args.model")
+        parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
+
+
+def _seed(seed_everything: bool | int) -> int:
+    """``true`` draws a seed for the trainer only; the rollout's must be known to be repeated."""
+    return 0 if isinstance(seed_everything, bool) else seed_everything
 
 
 def main(args: Sequence[str] | None = None) -> int:

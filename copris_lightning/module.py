@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
@@ -43,7 +43,7 @@ class CoprisModule(L.LightningModule):
             split into micro-batches and ranks.
         optimizer: makes the optimizer from the parameters.
         lr_scheduler: makes the schedule from the optimizer; steps once per optimizer step.
-        dtype: of the parameters, ``float32`` or ``bfloat16``.
+        dtype: of the parameters: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: as for ``from_pretrained``.
         gradient_checkpointing: recompute activations in the backward pass.
         logprob_chunk_tokens: tokens whose logits are held at a time.
@@ -98,6 +98,13 @@ class CoprisModule(L.LightningModule):
             self.policy.gradient_checkpointing_enable()
         # from_pretrained returns the model in eval mode, in which Lightning would leave it.
         self.policy.train()
+        # The engine has no dropout, and a policy with it is not the one that is synced.
+        layer: Any
+        for layer in self.policy.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+            elif isinstance(getattr(layer, "attention_dropout", None), float):
+                layer.attention_dropout = 0.0
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, if there is one, its schedule per optimizer step."""

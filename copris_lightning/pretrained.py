@@ -65,8 +65,18 @@ def load_policy(model: str, *, dtype: str, attn_implementation: str) -> PreTrain
 
 
 def context_length(config: Any) -> int:
-    """Most tokens of prompt plus response that the model takes."""
-    return int(config.max_position_embeddings)
+    """Most tokens of prompt plus response that the model takes.
+
+    Raises:
+        ConfigurationError: its config does not say.
+    """
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if length is None:
+        raise ConfigurationError(
+            f"model.init_args.model: a {type(config).__name__} names no max_position_embeddings, "
+            "so lengths cannot be checked; this kind of model is not supported"
+        )
+    return int(length)
 
 
 def stop_token_ids(model: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -187,7 +187,10 @@ BAD_INPUT = [
         ["--data.init_args.prompts", "bad_prompts.Long"],
         r"prompt 'long' has 40 tokens, more than data.init_args.max_prompt_tokens=32",
     ),
-    (["--data.init_args.reward", "bad_prompts.NotAReward"], r"reward"),
+    (
+        ["--data.init_args.reward", "bad_prompts.NotAReward"],
+        r'key "reward".*a callable class.*bad_prompts.NotAReward',
+    ),
     (
         ["--trainer.accumulate_grad_batches", "400"],
         r"256 trajectories cannot fill 400 micro-batches .*accumulate_grad_batches=400",

@@ -27,7 +27,7 @@ from copris_lightning import (
     TrajectoryLedger,
     WeightSync,
 )
-from copris_lightning.errors import EngineError, ParityError, RewardError
+from copris_lightning.errors import ConfigurationError, EngineError, ParityError, RewardError
 from copris_lightning.rollout.simulated import Faults, LengthModel
 
 
@@ -321,6 +321,103 @@ def test_an_interrupt_while_a_rollout_runs_ends_cleanly(
     )
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         trainer.fit(module, datamodule=data)
+    assert_closed(data)
+
+
+def test_a_checkpoint_can_be_saved_after_fit_and_continued(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer, module, data, _ = build(tiny_checkpoint, tmp_path, max_steps=3)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, max_steps=4)
+    trainer.fit(module, datamodule=data, ckpt_path=tmp_path / "after.ckpt", weights_only=True)
+    assert log == ["sync 3", "collect", "train", "sync 4"]
+    assert sorted({r["batch"] for r in ledger(tmp_path)}) == [0, 1, 2, 3]
+
+
+def test_the_same_objects_can_fit_validate_and_test(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    prompts = {"val_prompts": SomePrompts(6), "test_prompts": SomePrompts(5)}
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data=prompts, max_steps=2)
+    trainer.fit(module, datamodule=data)
+    log.clear()
+    assert "val/avg_at_k" in trainer.validate(module, datamodule=data, verbose=False)[0]
+    assert "test/avg_at_k" in trainer.test(module, datamodule=data, verbose=False)[0]
+    # Each command boots an engine and gives it the trained weights.
+    assert log == ["sync 2", "sync 2"]
+    assert data.session is None
+
+
+def test_a_batch_cut_by_a_checkpoint_is_not_divided_anew(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    data = {"updates_per_batch": 2}
+    save = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=1, save_top_k=-1)
+    trainer, module, datamodule, _ = build(
+        tiny_checkpoint,
+        tmp_path / "a",
+        data=data,
+        max_steps=1,
+        enable_checkpointing=True,
+        callbacks=[save],
+    )
+    trainer.fit(module, datamodule=datamodule)
+    trainer, module, datamodule, _ = build(
+        tiny_checkpoint, tmp_path / "b", data=data, accumulate_grad_batches=2
+    )
+    with pytest.raises(ConfigurationError, match=r"within a batch of \[1, 2, 1\].*\[1, 2, 2\]"):
+        trainer.fit(module, datamodule=datamodule, ckpt_path=tmp_path / "cut.ckpt")
+
+
+class EverySecond(WeightSync):
+    """Leaves out every second sync."""
+
+    batches = 0
+
+    def should_sync(self, trainer: Any, batch: Any) -> bool:
+        self.batches += 1
+        return self.batches % 2 == 0
+
+
+@pytest.mark.parametrize("source", ["trainer", "engine"])
+def test_trainer_logprobs_need_a_sync_after_every_batch(
+    tiny_checkpoint: Path, tmp_path: Path, source: str
+) -> None:
+    trainer, module, data, log = build(
+        tiny_checkpoint, tmp_path, data={"behavior_logprobs": source}, max_steps=4
+    )
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, WeightSync)]
+    trainer.callbacks.insert(0, EverySecond())
+    if source == "engine":
+        trainer.fit(module, datamodule=data)
+        assert [entry for entry in log if "sync" in entry] == ["sync 0", "sync 1", "sync 2"]
+    else:
+        with pytest.raises(ConfigurationError, match="behavior_logprobs=trainer needs a weight"):
+            trainer.fit(module, datamodule=data)
+        assert log == ["sync 0", "collect", "train"]
+
+
+def test_an_epoch_that_ends_within_a_batch_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer, module, data, log = build(
+        tiny_checkpoint, tmp_path, limit_train_batches=3, accumulate_grad_batches=2
+    )
+    with pytest.raises(ConfigurationError, match=r"limit_train_batches=3 .* a multiple of 2"):
+        trainer.fit(module, datamodule=data)
+    assert log == []
+
+
+def test_a_new_run_does_not_write_into_another_runs_ledger(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer, module, data, _ = build(tiny_checkpoint, tmp_path, max_steps=1)
+    trainer.fit(module, datamodule=data)
+    before = ledger(tmp_path)
+    trainer, module, data, _ = build(tiny_checkpoint, tmp_path, max_steps=1)
+    with pytest.raises(ConfigurationError, match="holds the ledger of another run"):
+        trainer.fit(module, datamodule=data)
+    assert ledger(tmp_path) == before
     assert_closed(data)
 
 

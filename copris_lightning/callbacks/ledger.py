@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 
 from copris_lightning.core.batching import MicroBatch
+from copris_lightning.errors import ConfigurationError
 
 
 class TrajectoryLedger(L.Callback):
@@ -19,18 +20,34 @@ class TrajectoryLedger(L.Callback):
     A line holds the batch's number, prompt id, sample, segments (version and tokens of each),
     finish reason, lengths, reward, advantage and the response's text. A file appears whole, after
     the batch was trained on; a run resumed from a checkpoint writes the later ones again.
+    ``fast_dev_run`` writes none.
 
     Args:
         directory: where to; by default the run's log directory.
+
+    Raises:
+        ConfigurationError: a new run would write among another's batches.
     """
 
     def __init__(self, directory: str | None = None) -> None:
         self.directory = directory
         self._root = Path()
+        self._is_dry = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out where the run logs (on every rank: Lightning asks rank 0)."""
         self._root = Path(self.directory or trainer.log_dir or trainer.default_root_dir)
+        self._is_dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse to mix a new run's batches with an older run's."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        is_new = data.training.batch_index < 0 and not self._is_dry
+        if is_new and trainer.is_global_zero and any(self._root.glob("ledger/batch_*.jsonl")):
+            raise ConfigurationError(
+                f"{self._root / 'ledger'} holds the ledger of another run; set "
+                "TrajectoryLedger.directory, or resume that run with --ckpt_path"
+            )
 
     def on_train_batch_end(
         self,
@@ -42,7 +59,7 @@ class TrajectoryLedger(L.Callback):
     ) -> None:
         """Write the batch down once all of it was trained on."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not batch.is_last or data.session is None:
+        if not batch.is_last or data.session is None or self._is_dry:
             return
         index = data.training.batch_index
         records = (

@@ -54,17 +54,24 @@ class WeightSync(L.Callback):
     # -- Lightning's hooks -----------------------------------------------------------------
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Refuse what weights cannot be read from or sent to."""
+        """Refuse modules that there is nothing to sync between."""
         if not isinstance(pl_module, CoprisModule):
             raise ConfigurationError(f"WeightSync needs a CoprisModule, got {type(pl_module)}")
         if not isinstance(_datamodule(trainer), RolloutDataModule):
             raise ConfigurationError("WeightSync needs a RolloutDataModule")
+        self._is_synced = False
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuse strategies whose weights cannot be read, before an engine boots.
+
+        Raises:
+            ConfigurationError: the strategy splits parameters over ranks.
+        """
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ConfigurationError(
                 f"trainer.strategy={type(trainer.strategy).__name__}: WeightSync reads whole "
                 "parameters, which this strategy splits over ranks; use auto or ddp"
             )
-        self._is_synced = False
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first rollout of a fit with validation."""

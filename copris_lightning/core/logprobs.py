@@ -21,8 +21,8 @@ def token_logprobs(
 
     .. math:: \log p_i = z_{i,y_i} / \tau - \log \sum_v \exp(z_{i,v} / \tau)
 
-    Logits are made for ``chunk_tokens`` tokens at a time, in fp32, and made again in the backward
-    pass, so that the peak is ``chunk_tokens x V`` values rather than ``N x V``.
+    Logits are made for ``chunk_tokens`` tokens at a time, cast to fp32, and made again in the
+    backward pass, so that the peak is ``chunk_tokens x V`` values rather than ``N x V``.
 
     Args:
         hidden: ``[N, D]``, the last layer's output that predicts each target.

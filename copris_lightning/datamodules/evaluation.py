@@ -49,13 +49,17 @@ def evaluate(
             name="evaluation",
             observer=lambda event: None,
         )
-    for start in range(0, len(stream), settings.batch_groups):
-        parts = None
-        if session is not None and scheduler is not None:
-            scheduler.buffer.batch_groups = min(settings.batch_groups, len(stream) - start)
-            groups, _ = session.call(scheduler.collect())
-            parts = [_batch(session, groups)] * exchange.world_size
-        yield exchange.scatter(parts)
+    try:
+        for start in range(0, len(stream), settings.batch_groups):
+            parts = None
+            if session is not None and scheduler is not None:
+                scheduler.buffer.batch_groups = min(settings.batch_groups, len(stream) - start)
+                groups, _ = session.call(scheduler.collect(), watch=True)
+                parts = [_batch(session, groups)] * exchange.world_size
+            yield exchange.scatter(parts)
+    finally:  # also where Lightning asks for some of the batches only
+        if session is not None and scheduler is not None and session.is_open:
+            session.close_scheduler(scheduler)
 
 
 def _batch(session: RolloutSession, groups: list[PromptGroup]) -> EvaluationBatch:

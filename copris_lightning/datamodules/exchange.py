@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from copris_lightning.errors import RolloutError
+
 T = TypeVar("T")
 
 
@@ -30,10 +32,7 @@ class Exchange:
         return self._world
 
     def scatter(self, parts: list[T] | None) -> T:
-        """Rank 0 gives one part per rank, the others ``None``; each gets its own.
-
-        An exception given as a part is raised on the rank that gets it.
-        """
+        """Rank 0 gives one part per rank, the others ``None``; each gets its own."""
         if self._world == 1:
             assert parts is not None
             part = parts[0]
@@ -44,6 +43,16 @@ class Exchange:
         if isinstance(part, BaseException):
             raise part
         return part
+
+    def abandon(self, error: BaseException) -> None:
+        """Rank 0 cannot give what the others wait for: they raise, instead of waiting on.
+
+        Raises:
+            RolloutError: on the other ranks, from their :meth:`scatter`.
+        """
+        if self._world > 1:
+            parts = [RolloutError(f"the rollout failed on rank 0: {error!r}")] * self._world
+            dist.scatter_object_list([None], parts, src=0, group=self._group)
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank gives a value; rank 0 gets them all, in rank order."""

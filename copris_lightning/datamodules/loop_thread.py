@@ -47,10 +47,15 @@ class LoopThread:
         self._loop.call_soon_threadsafe(launch)
         try:
             while not finished.wait(every_s):
+                self._check_alive()
                 on_wait()
         except BaseException:
-            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
-            finished.wait()
+            if self._thread.is_alive():
+                self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+                while not finished.wait(every_s):
+                    self._check_alive()
+            if not finished.is_set():
+                raise
             if not tasks[0].cancelled():
                 tasks[0].exception()  # seen; the interruption is what gets raised
             raise
@@ -60,9 +65,15 @@ class LoopThread:
         """Stop the loop and end the thread. May be called twice."""
         if self._loop.is_closed():
             return
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
         self._loop.close()
+
+    def _check_alive(self) -> None:
+        # asyncio lets a SystemExit or KeyboardInterrupt raised in a task end the loop itself.
+        if not self._thread.is_alive():
+            raise RuntimeError("the rollout thread ended; its error is printed above")
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)

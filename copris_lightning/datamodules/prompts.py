@@ -107,7 +107,7 @@ class DatasetPrompts:
 
 
 class PromptEncoder:
-    """Turns prompts into tokens, once: nothing is encoded after this.
+    """Turns prompts into tokens. Responses are never encoded: their tokens are the engine's.
 
     Args:
         tokenizer: the model's.
@@ -210,16 +210,20 @@ class PromptStream:
         if self._epochs is not None and epoch >= self._epochs:
             return None
         self._taken += 1
-        return self.get(self._epoch_order(epoch)[position])
+        return self._queued(self._epoch_order(epoch)[position])
 
-    def get(self, index: int) -> QueuedPrompt:
+    def prompt(self, index: int) -> Prompt:
         """The prompt at an index of the source."""
         prompt: Prompt = self._source[index]
+        return prompt
+
+    def _queued(self, index: int) -> QueuedPrompt:
+        prompt = self.prompt(index)
         return QueuedPrompt(prompt, index, self._encode(prompt))
 
     def __iter__(self) -> Iterator[QueuedPrompt]:
         """All prompts once, in the source's order; does not move the stream."""
-        return (self.get(index) for index in self._indices)
+        return (self._queued(index) for index in self._indices)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""

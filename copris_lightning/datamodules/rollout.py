@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.datamodules.batches import BatchShape
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
+from copris_lightning.datamodules.protocols import RolloutListener, WeightSyncer
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
-from copris_lightning.datamodules.training import RolloutProgress, TrainingStream
+from copris_lightning.datamodules.training import TrainingStream
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.pretrained import (
     context_length,
@@ -37,24 +38,6 @@ _STAGE_PROMPTS = {
     "test": "test_prompts",
     "predict": "predict_prompts",
 }
-
-
-@runtime_checkable
-class RolloutListener(Protocol):
-    """A callback that wants to be told how a rollout gets on while the main thread waits."""
-
-    def on_rollout_progress(self, progress: RolloutProgress) -> None:
-        """Called about five times a second."""
-        ...
-
-
-@runtime_checkable
-class WeightSyncer(Protocol):
-    """The callback that decides when the engine gets new weights."""
-
-    def should_sync(self, trainer: L.Trainer, batch: MicroBatch) -> bool:
-        """Whether to sync after this micro-batch."""
-        ...
 
 
 class SizedStream:
@@ -84,7 +67,8 @@ class RolloutDataModule(L.LightningDataModule):
         prompts: the training prompts.
         reward: scores a response; see :class:`Reward`.
         engine: generates; :class:`VLLMEngine` or :class:`SimulatedEngine`.
-        val_prompts: prompts of ``validate`` and of validation during ``fit``.
+        val_prompts: prompts of ``validate`` and of validation during ``fit``, which measures the
+            last synced weights.
         test_prompts: prompts of ``test``.
         predict_prompts: prompts of ``predict``.
         cap: trajectories in flight, N'.
@@ -103,7 +87,8 @@ class RolloutDataModule(L.LightningDataModule):
         score_batch_tokens: padded tokens per forward pass when recomputing log-probs.
         val_samples: responses per prompt in evaluation, k.
         val_temperature: of the sampling distribution in evaluation, > 0.
-        reward_timeout_s: limit on one call of the reward, in seconds.
+        reward_timeout_s: limit on one call of the reward, in seconds of the engine's clock. (A
+            simulated engine's is virtual: it calls rewards in place, without a limit.)
         reward_workers: processes that compute rewards.
         seed: of the prompt order and of sampling.
 
@@ -174,6 +159,8 @@ class RolloutDataModule(L.LightningDataModule):
         self._streams: dict[str, PromptStream] = {}
         self._stop_ids: tuple[int, ...] = ()
         self._exchange: Exchange | None = None
+        self._probe_tokens = 0
+        self._last_state: dict[str, Any] = {}
 
     # -- setting up and closing ------------------------------------------------------------
 
@@ -193,25 +180,31 @@ class RolloutDataModule(L.LightningDataModule):
         )
         if stage == "fit":
             shape.check(self.settings.batch_groups, self.settings.group_size)
-            if not any(isinstance(c, WeightSyncer) for c in self._callbacks):
-                raise ConfigurationError(
-                    "trainer.callbacks has no copris_lightning.WeightSync: the engine would go on "
-                    "generating with the weights it booted with"
-                )
+            self._check_epochs(shape)
+        syncers = [c for c in self._callbacks if isinstance(c, WeightSyncer)]
+        if not syncers:
+            raise ConfigurationError(
+                "trainer.callbacks has no copris_lightning.WeightSync: the engine would generate "
+                "with the weights it booted with, whatever was trained or restored"
+            )
+        for syncer in syncers:
+            syncer.check(self.trainer)
         spec = EngineSpec(
             model=self.model,
             max_num_seqs=self.settings.cap,
             # One more than is ever trained on, so that the parity probe can score the longest.
-            max_model_len=self.settings.max_sequence_tokens + 1,
+            max_model_len=min(self.settings.max_sequence_tokens + 1, context_length(config)),
             vocab_size=len(tokenizer),
             seed=self.settings.seed,
         )
         self.engine.validate(spec)
+        self._probe_tokens = spec.max_model_len - 1
         self._exchange = self._exchange or Exchange()
         if self.trainer.is_global_zero and self.session is None:
             self.session = RolloutSession(
                 self.engine, spec, self.scorer, tokenizer, self._while_waiting
             )
+        self.training = None
         if stage == "fit":
             self.training = TrainingStream(
                 self.trainer,
@@ -237,14 +230,40 @@ class RolloutDataModule(L.LightningDataModule):
         """End the rollout thread, the engine's processes and the reward's. May be called twice."""
         session, self.session = self.session, None
         if session is not None:
-            session.close()
+            try:
+                # A checkpoint may still be asked for, as by `trainer.save_checkpoint` after `fit`.
+                self._last_state = self.training.state_dict() if self.training is not None else {}
+            finally:
+                self.training = None
+                session.close()
+
+    def _check_epochs(self, shape: BatchShape) -> None:
+        """Refuse epochs that end within a batch: Lightning steps there, on a part of it."""
+        trainer = self.trainer
+        assert trainer is not None
+        if any(isinstance(c, GradientAccumulationScheduler) for c in self._callbacks):
+            raise ConfigurationError(
+                "trainer.callbacks has a GradientAccumulationScheduler: batches are divided once, "
+                "by trainer.accumulate_grad_batches"
+            )
+        limit = trainer.limit_train_batches
+        per_batch = shape.updates * shape.micro_batches
+        is_dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if is_dry or trainer.max_epochs == 1 or not isinstance(limit, int):
+            return
+        if limit % per_batch:
+            raise ConfigurationError(
+                f"trainer.limit_train_batches={limit} ends an epoch within a batch of {per_batch} "
+                f"micro-batches (trainer.accumulate_grad_batches={shape.micro_batches} x "
+                f"{KEY}.updates_per_batch={shape.updates}); give a multiple of {per_batch}"
+            )
 
     def _open_streams(self, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the prompt streams of a command and look at every prompt."""
         needed = _STAGE_PROMPTS[stage]
         if self.sources[needed] is None:
             raise ConfigurationError(f"{KEY}.{needed} is not set: `copris {stage}` needs prompts")
-        for name in {needed, "val_prompts"} if stage == "fit" else {needed}:
+        for name in (needed, "val_prompts") if stage == "fit" else (needed,):
             source = self.sources[name]
             if source is None:
                 continue
@@ -292,7 +311,8 @@ class RolloutDataModule(L.LightningDataModule):
         groups = self.training.delivered if self.training is not None else []
         for trajectory in (group.trajectories[0] for group in groups[:count]):
             names.append(trajectory.prompt_id)
-            sequences.append([*trajectory.prompt_token_ids, *trajectory.response_token_ids])
+            tokens = [*trajectory.prompt_token_ids, *trajectory.response_token_ids]
+            sequences.append(tokens[: self._probe_tokens])
         if not sequences:
             stream = next(iter(self._streams.values()))
             for queued in islice(stream, count):
@@ -338,7 +358,7 @@ class RolloutDataModule(L.LightningDataModule):
         assert self.trainer is not None
         if self.trainer.received_sigterm:
             raise SIGTERMException
-        if self.training is not None and self.training.scheduler is not None:
+        if self.training is not None and self.training.is_collecting:
             for callback in self._callbacks:
                 if isinstance(callback, RolloutListener):
                     callback.on_rollout_progress(self.training.progress())
@@ -353,7 +373,7 @@ class RolloutDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Buffer, prompt position and open batch (rank 0's; Lightning saves only that)."""
-        return self.training.state_dict() if self.training is not None else {}
+        return self.training.state_dict() if self.training is not None else self._last_state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint; evaluation has no state."""

@@ -48,7 +48,7 @@ class RolloutSession:
         self._closed = threading.Lock()
         self._loop = LoopThread(engine.new_event_loop)
         try:
-            self.call(self._start(spec))
+            self.call(self._start(spec), watch=True)
         except BaseException:
             self.close()
             raise
@@ -63,9 +63,21 @@ class RolloutSession:
         finally:
             workers.cancel()
 
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine on the rollout thread and wait for its result."""
-        return self._loop.call(work, on_wait=self._on_wait)
+    def call(self, work: Coroutine[Any, Any, T], *, watch: bool = False) -> T:
+        """Run a coroutine on the rollout thread and wait for its result.
+
+        Args:
+            work: runs on the engine's loop.
+            watch: call ``on_wait`` meanwhile, which may stop it.
+        """
+        if watch:
+            return self._loop.call(work, on_wait=self._on_wait)
+        return self._loop.call(work)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether :meth:`close` was not called yet."""
+        return not self._closed.locked()
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Response text, special tokens dropped. Never encoded again."""
@@ -124,8 +136,10 @@ class RolloutSession:
             steps.callback(self._loop.close)
             steps.callback(lambda: self._loop.call(self.engine.close()))
             steps.callback(self._scorer.close)
-            for scheduler in self._schedulers:
-                steps.callback(self._close_scheduler, scheduler)
+            for scheduler in list(self._schedulers):
+                steps.callback(self.close_scheduler, scheduler)
 
-    def _close_scheduler(self, scheduler: RolloutScheduler) -> None:
+    def close_scheduler(self, scheduler: RolloutScheduler) -> None:
+        """Cancel what a scheduler has going and let go of it."""
+        self._schedulers = [s for s in self._schedulers if s is not scheduler]
         self._loop.call(scheduler.close())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.errors import ConfigurationError
@@ -93,13 +92,3 @@ class RolloutSettings:
                 f"max_new_tokens={self.max_new_tokens} = {self.max_sequence_tokens} exceeds the "
                 f"model's context of {context} tokens; lower one of them"
             )
-
-
-def require(value: Any, key: str, what: str) -> None:
-    """Refuse a setting that a command needs and that is not there.
-
-    Raises:
-        ConfigurationError: ``value`` is ``None``.
-    """
-    if value is None:
-        raise ConfigurationError(f"{KEY}.{key} is not set: {what}")

@@ -17,7 +17,8 @@ from copris_lightning.datamodules.behavior import score_behavior
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptStream
 from copris_lightning.datamodules.session import RolloutSession
-from copris_lightning.datamodules.settings import RolloutSettings
+from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler, StageStats
 
 
@@ -83,6 +84,8 @@ class TrainingStream:
         self._micro_batches: list[MicroBatch] = []
         self._position = 0
         self._undivided = False
+        self._trained = False
+        self.is_collecting = False
         self._stats = StageStats(0.0, 0, 0, 0, 0, 0.0)
         self._metrics: dict[str, float] = {}
         self._policy_version = 0
@@ -120,6 +123,7 @@ class TrainingStream:
                 self._micro_batches = self._exchange.scatter(self._next_batch())
                 self._position = 0
             self._position += 1
+            self._trained = True
             yield self._micro_batches[self._position - 1]
 
     def advance(self, version: int) -> None:
@@ -156,8 +160,13 @@ class TrainingStream:
         started = time.perf_counter()
         trajectories = None
         if self._session is not None and self.scheduler is not None:
-            if not self._undivided:
-                self._session.call(self._collect(self.scheduler))
+            try:
+                self._check_synced()
+                if not self._undivided:
+                    self._session.call(self._collect(self.scheduler), watch=True)
+            except BaseException as error:
+                self._exchange.abandon(error)
+                raise
             trajectories = [t for group in self.delivered for t in group.trajectories]
             trajectories.extend(self.scheduler.buffer.trajectories())
         rolled_out = time.perf_counter()
@@ -180,10 +189,25 @@ class TrainingStream:
     async def _collect(self, scheduler: RolloutScheduler) -> None:
         """Keep the batch before anything can interrupt: it has left the buffer."""
         self._stage_tokens, self._stage_start = 0, self._stage_now
-        self.delivered, self._stats = await scheduler.collect()
+        self.is_collecting = True
+        try:
+            self.delivered, self._stats = await scheduler.collect()
+        finally:
+            self.is_collecting = False
         self._micro_batches, self._position = [], 0
         self._undivided = True
         self._policy_version = scheduler.buffer.version
+        self._trained = False
+
+    def _check_synced(self) -> None:
+        """The trainer can only score tokens made with the weights that it has."""
+        assert self.scheduler is not None
+        is_stale = self._trained and self.scheduler.buffer.version == self._policy_version
+        if is_stale and self._settings.behavior_logprobs == "trainer":
+            raise ConfigurationError(
+                f"{KEY}.behavior_logprobs=trainer needs a weight sync after every batch, and there "
+                f"was none after batch {self.batch_index}; set it to engine, or sync"
+            )
 
     def _divide(self) -> list[list[MicroBatch]]:
         return divide(
@@ -220,6 +244,10 @@ class TrainingStream:
         self._cycle_start = ended
         return figures
 
+    @property
+    def _parts(self) -> list[int]:
+        return [self._shape.world_size, self._shape.updates, self._shape.micro_batches]
+
     # -- checkpoints -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -237,10 +265,17 @@ class TrainingStream:
             "position": self._position if self.has_open_batch else 0,
             "policy_version": self._policy_version,
             "metrics": self._metrics,
+            "parts": self._parts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved place; a batch that was being trained on is divided again."""
+        if state["position"] and state["parts"] != self._parts:
+            raise ConfigurationError(
+                f"the checkpoint was taken within a batch of {state['parts']} (ranks, updates, "
+                f"micro-batches); this run divides it into {self._parts}: keep trainer.devices, "
+                f"trainer.accumulate_grad_batches and {KEY}.updates_per_batch for this batch"
+            )
         self.batch_index = state["batch_index"]
         self._position = state["position"]
         self._policy_version = state["policy_version"]
@@ -250,7 +285,10 @@ class TrainingStream:
         self._prompts.load_state_dict(state["prompts"])
         parts = None
         if self.scheduler is not None:
-            self.scheduler.buffer.load_state_dict(state["buffer"])
+            try:
+                self.scheduler.buffer.load_state_dict(state["buffer"])
+            except ValueError as error:
+                raise ConfigurationError(f"{KEY}: {error}") from error
             is_open = self.delivered and not self._undivided
             parts = self._divide() if is_open else [[]] * self._shape.world_size
         self._micro_batches = self._exchange.scatter(parts)

@@ -40,8 +40,8 @@ Reward = Callable[[str, Prompt], Any]
 """A verifiable reward: ``reward(response, prompt)`` scores the response text (special tokens
 dropped) with a finite number. In YAML it is the ``class_path`` of a class with a ``__call__``.
 
-A plain function or ``__call__`` runs in a worker process, which has a copy of its own; an ``async`` one (a judge behind a
-network, say) is awaited on the rollout's event loop.
+A plain function or ``__call__`` runs in a worker process, which has a copy of its own; an
+``async`` one (a judge behind a network, say) is awaited on the rollout's event loop.
 """
 
 

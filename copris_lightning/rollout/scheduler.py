@@ -37,8 +37,8 @@ class PromptQueue(Protocol):
         """The next prompt, or ``None`` when there are no more."""
         ...
 
-    def get(self, index: int) -> QueuedPrompt:
-        """A prompt taken before (after a restore its group is still unfinished)."""
+    def prompt(self, index: int) -> Prompt:
+        """A prompt taken before, for its reward (also after a restore)."""
         ...
 
 
@@ -229,6 +229,11 @@ class RolloutScheduler:
         try:
             async with aclosing(self.engine.generate(request)) as chunks:
                 async for chunk in chunks:
+                    if chunk.finish_reason not in (None, "stop", "length"):
+                        raise EngineError(
+                            f"the engine ended the response to prompt {trajectory.prompt_id!r} "
+                            f"by itself: {chunk.finish_reason}"
+                        )
                     self.buffer.append(key, chunk.token_ids, chunk.logprobs, chunk.version)
                     if chunk.finish_reason and self.buffer.status(key) is Status.IN_FLIGHT:
                         self.buffer.finish(key, chunk.finish_reason)
@@ -256,7 +261,7 @@ class RolloutScheduler:
 
     async def _score(self, key: Key) -> None:
         trajectory = self.buffer.trajectory(key)
-        prompt = self.prompts.get(self.buffer.group(key[0]).prompt_index).prompt
+        prompt = self.prompts.prompt(self.buffer.group(key[0]).prompt_index)
         reward = await self._scorer(self._decode(trajectory.response_token_ids), prompt)
         self.buffer.score(key, reward)
         self._emit("score", key)

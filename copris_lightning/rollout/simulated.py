@@ -210,6 +210,7 @@ class SimulatedEngine:
         """Takes no time."""
         self.validate(spec)
         self._spec = spec
+        self._active, self._steps, self._dead = {}, None, False
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one response, a token a step. See :class:`Engine`."""

@@ -201,3 +201,20 @@ def test_it_runs_on_the_loop_it_is_given_virtual_time_included():
     assert made.call(a_day()) == pytest.approx(2 * 86_400)
     made.close()
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loop_that_ends_by_itself_is_noticed():
+    """asyncio lets a SystemExit that a task raises end the loop: nobody may wait for it then."""
+
+    async def leave():
+        raise SystemExit(3)
+
+    async def wait_for_it():
+        await asyncio.create_task(leave())
+
+    thread = LoopThread(asyncio.new_event_loop)
+    with pytest.raises(RuntimeError, match="the rollout thread ended"):
+        thread.call(wait_for_it(), every_s=0.05)
+    thread.close()
+    thread.close()

@@ -103,11 +103,11 @@ def test_chosen_indices_are_all_there_is(encode):
     stream = PromptStream(ListedPrompts(9), encode, seed=1, indices=[2, 5, 8])
     assert len(stream) == 3
     assert sorted(taken(stream, 3)) == [2, 5, 8]
-    assert stream.get(7).prompt.id == "id7"
+    assert stream.prompt(7).id == "id7"
 
 
 def test_a_queued_prompt_carries_its_tokens(encode, tokenizer):
-    queued = PromptStream(ListedPrompts(50), encode).get(42)
+    queued = list(PromptStream(ListedPrompts(50), encode))[42]
     assert queued.index == 42
     assert queued.prompt == Prompt("id42", text="42")
     assert queued.token_ids == tuple(tokenizer("42")["input_ids"])

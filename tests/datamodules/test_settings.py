@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from copris_lightning.datamodules.settings import RolloutSettings, require
+from copris_lightning.datamodules.settings import RolloutSettings
 from copris_lightning.errors import ConfigurationError
 
 GOOD = {
@@ -90,9 +90,3 @@ def test_prompt_and_response_that_fill_the_context_fit():
 def test_what_exceeds_the_context_is_refused_with_the_length_to_lower(context, says):
     with pytest.raises(ConfigurationError, match=f"data.init_args.{says}"):
         settings().check_context(context)
-
-
-def test_a_setting_that_a_command_needs_is_asked_for_by_its_key():
-    with pytest.raises(ConfigurationError, match=r"data.init_args.val_prompts is not set: why"):
-        require(None, "val_prompts", "why")
-    require(0, "val_prompts", "why")

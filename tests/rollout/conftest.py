@@ -65,6 +65,9 @@ class CountingPrompts:
         self.taken += 1
         return self.get(self.taken - 1)
 
+    def prompt(self, index: int) -> Prompt:
+        return self.get(index).prompt
+
     def get(self, index: int) -> QueuedPrompt:
         tokens = (10 + index % 7, *range(20, 21 + index % 4))
         return QueuedPrompt(Prompt(f"p{index}", text=str(index)), index, tokens)

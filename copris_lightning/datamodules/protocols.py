@@ -1,0 +1,32 @@
+"""What the data module asks of callbacks, without knowing any."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import lightning as L
+
+from copris_lightning.core.batching import MicroBatch
+from copris_lightning.datamodules.training import RolloutProgress
+
+
+@runtime_checkable
+class RolloutListener(Protocol):
+    """A callback that wants to be told how a rollout gets on while the main thread waits."""
+
+    def on_rollout_progress(self, progress: RolloutProgress) -> None:
+        """Called about five times a second."""
+        ...
+
+
+@runtime_checkable
+class WeightSyncer(Protocol):
+    """The callback that decides when the engine gets new weights."""
+
+    def should_sync(self, trainer: L.Trainer, batch: MicroBatch) -> bool:
+        """Whether to sync after this micro-batch."""
+        ...
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Refuse a trainer whose weights it cannot read."""
+        ...
