@@ -40,6 +40,8 @@ def main(args: Sequence[str] | None = None) -> int:
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=0,
+            # The module takes optimizer and schedule itself, and steps the schedule per step.
+            auto_configure_optimizers=False,
             args=list(args) if args is not None else None,
         )
     except ValueError as error:

@@ -45,6 +45,7 @@ def instantiate(*args: str) -> CoprisCLI:
         L.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        auto_configure_optimizers=False,
         run=False,
         args=list(args),
     )

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,17 @@ def ledger(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True)
+def no_rollout_thread_is_left() -> Iterator[None]:
+    before = set(threading.enumerate())  # the suite's shared engine has one too
+    yield
+    started = set(threading.enumerate()) - before
+    assert not [t for t in started if t.name == "copris-rollout"]
+
+
 def assert_closed(datamodule: RolloutDataModule) -> None:
     assert datamodule.session is None
     assert datamodule.engine.closed == 1  # type: ignore[attr-defined]
-    assert not [t for t in threading.enumerate() if t.name == "copris-rollout"]
 
 
 @pytest.mark.parametrize(("updates", "accumulate"), [(1, 1), (1, 3), (2, 2)])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import psutil  # comes with vLLM
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -29,9 +30,13 @@ class CoprisWorkerExtension(_Worker):
         if socket.gethostname() != host:
             return  # another machine's process table says nothing about the trainer
         core_pid = os.getppid()  # the engine's core, or the trainer itself
+        try:
+            trainer: psutil.Process | None = psutil.Process(trainer_pid)
+        except psutil.NoSuchProcess:
+            trainer = None
 
         def watch() -> None:
-            while _is_alive(trainer_pid):
+            while trainer is not None and _is_alive(trainer):
                 time.sleep(1.0)
             # Killed with SIGKILL, the trainer could tell no one: end the engine's core, then
             # this process.
@@ -118,9 +123,9 @@ def _is_head(module: nn.Module) -> bool:
     return isinstance(module, ParallelLMHead)
 
 
-def _is_alive(pid: int) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
+    """Whether it still runs; one that ended but that nobody waited for does not."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return True
