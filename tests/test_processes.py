@@ -140,6 +140,8 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(
         os.killpg(run.process.pid, signal.SIGINT)
         assert run.wait() == 1, run.output()[-3000:]
     else:
+        # As if in the middle of a sync.
+        (Path("/dev/shm") / f"copris-{run.process.pid}-test").mkdir()
         run.process.kill()  # not waited for: a zombie trainer is a dead trainer
     run.assert_nothing_left()
     run.process.wait()

@@ -140,7 +140,12 @@ class VLLMEngine:
             with _environment(self.environment):
                 self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
             await self._llm.collective_rpc(
-                "end_with_trainer", args=(socket.gethostname(), os.getpid())
+                "end_with_trainer",
+                args=(
+                    socket.gethostname(),
+                    os.getpid(),
+                    str(self._hand_over_parent / self._prefix),
+                ),
             )
         except (ValueError, RuntimeError, OSError) as error:
             await self.close()
@@ -249,12 +254,21 @@ class VLLMEngine:
         except (EngineGenerateError, VLLMValidationError, ValueError) as error:
             raise EngineError(f"vLLM refused request {request_id}: {error}") from error
 
+    @property
+    def _hand_over_parent(self) -> Path:
+        shared = Path("/dev/shm")
+        default = shared if shared.is_dir() else Path(tempfile.gettempdir())
+        return Path(self.sync_directory) if self.sync_directory else default
+
+    @property
+    def _prefix(self) -> str:
+        """Begins the names of this process's directories: a worker can find those of a dead one."""
+        return f"copris-{os.getpid()}-"
+
     @contextmanager
     def _handed_over(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
         """A safetensors file that lives as long as the block."""
-        shared = Path("/dev/shm")
-        parent = self.sync_directory or (str(shared) if shared.is_dir() else None)
-        directory = Path(tempfile.mkdtemp(prefix="copris-", dir=parent))
+        directory = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self._hand_over_parent))
         try:
             path = directory / "model.safetensors"
             save_file({name: t.detach().cpu().contiguous() for name, t in weights}, path)

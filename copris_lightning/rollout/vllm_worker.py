@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -25,8 +27,14 @@ else:
 class CoprisWorkerExtension(_Worker):
     """Methods that vLLM mixes into its worker class (``worker_extension_cls``)."""
 
-    def end_with_trainer(self, host: str, trainer_pid: int) -> None:
-        """Watch the trainer from a daemon thread: if it is killed, do not stay behind."""
+    def end_with_trainer(self, host: str, trainer_pid: int, hand_over: str) -> None:
+        """Watch the trainer from a daemon thread: if it is killed, leave nothing behind.
+
+        Args:
+            host: the trainer's.
+            trainer_pid: its process.
+            hand_over: how the paths of the directories begin through which it sends weights.
+        """
         if socket.gethostname() != host:
             return  # another machine's process table says nothing about the trainer
         core_pid = os.getppid()  # the engine's core, or the trainer itself
@@ -38,8 +46,10 @@ class CoprisWorkerExtension(_Worker):
         def watch() -> None:
             while trainer is not None and _is_alive(trainer):
                 time.sleep(1.0)
-            # Killed with SIGKILL, the trainer could tell no one: end the engine's core, then
-            # this process.
+            # Killed with SIGKILL, the trainer could tell no one: drop weights it was sending, end
+            # the engine's core, then this process.
+            for directory in glob.glob(f"{glob.escape(hand_over)}*"):
+                shutil.rmtree(directory, ignore_errors=True)
             if os.getppid() == core_pid != trainer_pid:
                 os.kill(core_pid, signal.SIGKILL)
             os._exit(1)

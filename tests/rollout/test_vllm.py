@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,9 @@ def test_weights_are_refused_while_requests_are_in_flight(synced: Running, model
 
     async def sync_in_the_middle() -> None:
         request = GenerationRequest("middle", (5, 6), 200, 1.0, (), 0)
-        async for _ in engine.generate(request):
-            await engine.update_weights(model.named_parameters(), 99)
+        async with aclosing(engine.generate(request)) as chunks:
+            async for _ in chunks:
+                await engine.update_weights(model.named_parameters(), 99)
 
     with pytest.raises(WeightSyncError, match="1 requests are in flight"):
         call(sync_in_the_middle())
