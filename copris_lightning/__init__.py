@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from copris_lightning.callbacks.staleness import StalenessMonitor
     from copris_lightning.callbacks.summary import RunSummary
     from copris_lightning.callbacks.weight_sync import WeightSync
-    from copris_lightning.core.losses import ClippedPolicyLoss
+    from copris_lightning.core.corrections import LagRejection, Masking, Truncation
+    from copris_lightning.core.losses import CispoLoss, ClippedPolicyLoss, PolicyLoss, ReinforceLoss
+    from copris_lightning.core.penalties import KLPenalty
+    from copris_lightning.core.ratios import (
+        DecoupledRatio,
+        SequenceRatio,
+        TokenRatio,
+        UncorrectedRatio,
+    )
     from copris_lightning.datamodules.prompts import DatasetPrompts
     from copris_lightning.datamodules.rollout import RolloutDataModule
     from copris_lightning.module import CoprisModule
@@ -22,33 +30,55 @@ if TYPE_CHECKING:
     from copris_lightning.rollout.vllm import VLLMEngine
 
 _HOMES = {
+    "CispoLoss": "core.losses",
     "ClippedPolicyLoss": "core.losses",
     "CoprisModule": "module",
     "DatasetPrompts": "datamodules.prompts",
+    "DecoupledRatio": "core.ratios",
+    "KLPenalty": "core.penalties",
+    "LagRejection": "core.corrections",
+    "Masking": "core.corrections",
+    "PolicyLoss": "core.losses",
     "Prompt": "rollout.rewards",
+    "ReinforceLoss": "core.losses",
     "Reward": "rollout.rewards",
     "RolloutDataModule": "datamodules.rollout",
     "RolloutProgressBar": "callbacks.progress",
     "RunSummary": "callbacks.summary",
+    "SequenceRatio": "core.ratios",
     "SimulatedEngine": "rollout.simulated",
     "StalenessMonitor": "callbacks.staleness",
+    "TokenRatio": "core.ratios",
     "TrajectoryLedger": "callbacks.ledger",
+    "Truncation": "core.corrections",
+    "UncorrectedRatio": "core.ratios",
     "VLLMEngine": "rollout.vllm",
     "WeightSync": "callbacks.weight_sync",
 }
 
 __all__ = [
+    "CispoLoss",
     "ClippedPolicyLoss",
     "CoprisModule",
     "DatasetPrompts",
+    "DecoupledRatio",
+    "KLPenalty",
+    "LagRejection",
+    "Masking",
+    "PolicyLoss",
     "Prompt",
+    "ReinforceLoss",
     "Reward",
     "RolloutDataModule",
     "RolloutProgressBar",
     "RunSummary",
+    "SequenceRatio",
     "SimulatedEngine",
     "StalenessMonitor",
+    "TokenRatio",
     "TrajectoryLedger",
+    "Truncation",
+    "UncorrectedRatio",
     "VLLMEngine",
     "WeightSync",
 ]

@@ -8,7 +8,8 @@
     │   └── WeightSyncError                      new weights did not arrive in the engine
     │       └── ParityError                      engine and trainer compute different log-probs
     ├── RewardError                              a reward raised, hung or returned no number
-    └── RolloutError                             the rollout cannot go on (prompts used up, ...)
+    ├── RolloutError                             the rollout cannot go on (prompts used up, ...)
+    └── QuarantineError                          too many trajectories are not finite
 """
 
 from __future__ import annotations
@@ -35,8 +36,12 @@ class ParityError(WeightSyncError):
 
 
 class RewardError(CoprisError):
-    """A reward raised, took too long or returned something that is no finite number."""
+    """A reward raised, took too long or returned something that is no number."""
 
 
 class RolloutError(CoprisError):
     """The rollout cannot go on: the prompts are used up, or nothing is left to wait for."""
+
+
+class QuarantineError(CoprisError):
+    """More trajectories of a batch than allowed have rewards or log-probs that are not finite."""

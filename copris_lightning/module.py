@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -14,20 +15,16 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 
 from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.corrections import Correction
+from copris_lightning.core.estimator import Estimate, PolicyGradient
 from copris_lightning.core.evaluation import EvaluationBatch, avg_at_k, pass_at_k
-from copris_lightning.core.logprobs import token_logprobs
-from copris_lightning.core.losses import ClippedPolicyLoss, TokenLoss
-from copris_lightning.errors import ConfigurationError
+from copris_lightning.core.logprobs import token_logprobs, token_logprobs_and_entropy
+from copris_lightning.core.losses import ClippedPolicyLoss, PolicyLoss
+from copris_lightning.core.normalization import NORMALIZATIONS, NormalizationName
+from copris_lightning.core.penalties import KLPenalty
+from copris_lightning.core.ratios import Ratio, TokenRatio, TokenTerms
+from copris_lightning.errors import ConfigurationError, QuarantineError
 from copris_lightning.pretrained import load_config, load_policy
-
-
-class PolicyLoss(Protocol):
-    """A loss per token; :class:`ClippedPolicyLoss` is one. Annotations are wide on purpose, as in
-    :class:`PromptSource`."""
-
-    def __call__(self, logprobs: Any, behavior_logprobs: Any, advantages: Any, /) -> Any:
-        """Tensors ``[B, R]``, ``[B, R]`` and ``[B, 1]`` to a :class:`TokenLoss` of ``[B, R]``."""
-        ...
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -39,14 +36,22 @@ class CoprisModule(L.LightningModule):
 
     Args:
         model: path or hub name of a causal language model.
-        loss: the policy loss; token means are taken over the whole optimizer step, however it is
-            split into micro-batches and ranks.
+        loss: the policy loss over the ratio.
+        ratio: which policies the importance ratio compares.
+        corrections: constant weights on tokens, for the engine-trainer mismatch or staleness.
+        kl: penalty towards a reference policy, of which a frozen copy is kept on the device.
+        entropy_coefficient: of an entropy bonus, per nat, >= 0.
+        normalization: how token losses become one number: ``token_mean``,
+            ``sequence_mean_token_mean``, ``sequence_mean_token_sum`` or ``constant``; over the
+            whole optimizer step, however it is split into micro-batches and ranks.
         optimizer: makes the optimizer from the parameters.
         lr_scheduler: makes the schedule from the optimizer; steps once per optimizer step.
         dtype: of the parameters: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: as for ``from_pretrained``.
         gradient_checkpointing: recompute activations in the backward pass.
         logprob_chunk_tokens: tokens whose logits are held at a time.
+        log_entropy: compute the policy's entropy for the log; costs a softmax over the vocabulary
+            per token.
         pass_threshold: an evaluated sample passes with at least this reward.
 
     Raises:
@@ -57,12 +62,18 @@ class CoprisModule(L.LightningModule):
         self,
         model: str,
         loss: PolicyLoss | None = None,
+        ratio: Ratio | None = None,
+        corrections: list[Correction] | None = None,
+        kl: KLPenalty | None = None,
+        entropy_coefficient: float = 0.0,
+        normalization: NormalizationName = "token_mean",
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: str = "float32",
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
         logprob_chunk_tokens: int = 1024,
+        log_entropy: bool = True,
         pass_threshold: float = 1.0,
     ) -> None:
         super().__init__()
@@ -74,9 +85,33 @@ class CoprisModule(L.LightningModule):
             raise ConfigurationError(
                 f"model.init_args.dtype={dtype!r} must be float32, bfloat16 or float16"
             )
+        if normalization not in NORMALIZATIONS:
+            raise ConfigurationError(
+                f"model.init_args.normalization={normalization!r} must be one of "
+                f"{', '.join(NORMALIZATIONS)}"
+            )
+        try:
+            self.estimator = PolicyGradient(
+                loss=loss or ClippedPolicyLoss(),
+                ratio=ratio or TokenRatio(),
+                corrections=tuple(corrections or ()),
+                kl=kl,
+                entropy_coefficient=entropy_coefficient,
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"model.init_args.{error}") from error
         load_config(model)
+        if kl is not None and kl.reference is not None:
+            key = "model.init_args.kl.reference"
+            sizes = [load_config(kl.reference, key=key).vocab_size, load_config(model).vocab_size]
+            if sizes[0] != sizes[1]:
+                raise ConfigurationError(
+                    f"{key}={kl.reference!r} has a vocabulary of {sizes[0]} tokens, the model "
+                    f"has {sizes[1]}"
+                )
         self.model = model
-        self.loss = loss or ClippedPolicyLoss()
+        self.normalization = normalization
+        self.log_entropy = log_entropy
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.dtype_name = dtype
@@ -85,6 +120,9 @@ class CoprisModule(L.LightningModule):
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.pass_threshold = pass_threshold
         self.policy: PreTrainedModel | None = None
+        # In a list, so that its weights are neither trained nor saved nor synced.
+        self._reference: list[PreTrainedModel] = []
+        self._quarantined = 0
         self.train_loss = MeanMetric()
 
     def configure_model(self) -> None:
@@ -114,53 +152,134 @@ class CoprisModule(L.LightningModule):
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
+    def on_fit_start(self) -> None:
+        """Load the reference policy, if there is a penalty, where the policy is."""
+        self._quarantined = 0
+        kl = self.estimator.kl
+        if kl is not None and not self._reference:
+            reference = load_policy(
+                kl.reference or self.model,
+                dtype=self.dtype_name,
+                attn_implementation=self.attn_implementation,
+            )
+            self._reference = [reference.eval().requires_grad_(False).to(self.device)]
+
     def token_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probs of the response tokens under the current policy, ``[B, R]``, 0 at padding."""
         assert self.policy is not None, "configure_model() has not run"
-        output = self.policy.base_model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
-        mask, positions = batch.response_mask, batch.response_positions
-        rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
-        # The output at one position predicts the token at the next.
-        hidden = output.last_hidden_state[rows[mask], positions[mask] - 1]
+        hidden, targets = _predictions(self.policy, batch)
         values = token_logprobs(
             hidden,
-            batch.input_ids[rows[mask], positions[mask]],
+            targets,
             self.policy.get_output_embeddings(),
             temperature=batch.temperature,
             chunk_tokens=self.logprob_chunk_tokens,
         )
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        return _unflatten(values, batch)
 
-    def policy_loss(self, batch: MicroBatch) -> tuple[Tensor, TokenLoss]:
-        """Sum of the token losses of a micro-batch, and its per-token parts, ``[B, R]``."""
-        parts: TokenLoss = self.loss(
-            self.token_logprobs(batch), batch.behavior_logprobs, batch.advantages[:, None]
+    def token_terms(self, batch: MicroBatch) -> TokenTerms:
+        """What the estimator needs to know of a micro-batch's tokens."""
+        assert self.policy is not None, "configure_model() has not run"
+        entropy = reference = None
+        if self.log_entropy or self.estimator.entropy_coefficient:
+            hidden, targets = _predictions(self.policy, batch)
+            both = token_logprobs_and_entropy(
+                hidden,
+                targets,
+                self.policy.get_output_embeddings(),
+                temperature=batch.temperature,
+                chunk_tokens=self.logprob_chunk_tokens,
+                differentiable=self.estimator.entropy_coefficient > 0,
+            )
+            logprobs, entropy = (_unflatten(values, batch) for values in both)
+        else:
+            logprobs = self.token_logprobs(batch)
+        if self.estimator.kl is not None:
+            with torch.no_grad():
+                hidden, targets = _predictions(self._reference[0], batch)
+                head = self._reference[0].get_output_embeddings()
+                values = token_logprobs(
+                    hidden,
+                    targets,
+                    head,
+                    temperature=batch.temperature,
+                    chunk_tokens=self.logprob_chunk_tokens,
+                )
+                reference = _unflatten(values, batch)
+        return TokenTerms(
+            logprobs=logprobs,
+            behavior_logprobs=batch.behavior_logprobs,
+            advantages=batch.advantages[:, None],
+            mask=batch.loss_mask,
+            lags=batch.lags,
+            mismatch=batch.mismatch,
+            proximal_logprobs=batch.proximal_logprobs,
+            reference_logprobs=reference,
+            entropy=entropy,
         )
-        return torch.where(batch.response_mask, parts.loss, 0.0).sum(), parts
 
-    def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Tensor]:
-        """One micro-batch's share of the optimizer step's token mean.
+    def policy_loss(self, batch: MicroBatch, terms: TokenTerms) -> tuple[Tensor, Estimate]:
+        """A micro-batch's share of the optimizer step's loss, and its per-token parts."""
+        estimate = self.estimator(terms)
+        weights = NORMALIZATIONS[self.normalization](batch.response_lengths, batch.totals)
+        return (estimate.loss.sum(dim=1) * weights).sum(), estimate
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
+        """One micro-batch's share of the optimizer step's loss.
 
         Lightning averages gradients over ``accumulate_grad_batches`` micro-batches and strategies
-        average over ranks; both are undone, so that the sum of the shares is the mean over all
-        response tokens of the step.
+        average over ranks; both are undone, so that the shares add up to the step's loss.
+
+        Returns:
+            ``loss``; ``estimate``, the :class:`Estimate` without its graph; ``quarantined``, the
+            names of trajectories whose log-probs were not finite.
         """
-        total, parts = self.policy_loss(batch)
+        terms = self.token_terms(batch)
+        broken = ~torch.isfinite(terms.logprobs).all(dim=1)
+        if terms.reference_logprobs is not None:
+            broken |= ~torch.isfinite(terms.reference_logprobs).all(dim=1)
+        counted = (broken & batch.included).tolist()
+        quarantined = [name for name, bad in zip(batch.names, counted, strict=True) if bad]
+        if quarantined:
+            self._quarantine(batch, quarantined)
+        # Not even a loss of zero would do for these rows: its gradient is zero times NaN.
+        if broken.all():
+            loss, estimate = self._no_loss(), self.estimator(terms.without_tokens())
+        else:
+            if broken.any():
+                batch = batch.rows(~broken)
+                terms = self.token_terms(batch)
+            loss, estimate = self.policy_loss(batch, terms)
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        tokens = batch.response_lengths.sum()
-        self.train_loss.update(total.detach() / tokens, weight=tokens)
+        self.train_loss.update(loss.detach() * shares)
         if batch.is_last:
+            self._quarantined = 0
             self.log("train/loss", self.train_loss.compute())
             self.train_loss.reset()
             for name, value in batch.metrics.items():
                 self.log(name, value, rank_zero_only=True)
-        return {
-            "loss": total * (shares / batch.update_tokens),
-            "ratio": parts.ratio,
-            "clipped": parts.clipped,
-        }
+        estimate.loss = estimate.loss.detach()
+        return {"loss": loss * shares, "estimate": estimate, "quarantined": quarantined}
+
+    def _quarantine(self, batch: MicroBatch, names: list[str]) -> None:
+        self._quarantined += len(names)
+        if self._quarantined > batch.quarantine_limit:
+            raise QuarantineError(
+                f"the policy's log-probs are not finite for {self._quarantined} trajectories of "
+                f"a batch, {', '.join(names)} among them; data.init_args.max_quarantined allows "
+                f"{batch.quarantine_limit}. The weights or their precision "
+                f"(model.init_args.dtype={self.dtype_name}) are broken"
+            )
+        # On whichever rank it happens.
+        warnings.warn(
+            f"quarantined, since the policy's log-probs are not finite: {', '.join(names)}",
+            stacklevel=2,
+        )
+
+    def _no_loss(self) -> Tensor:
+        """Zero, with a gradient of zero for every parameter, whatever its values."""
+        parts = [p.nan_to_num(0.0, 0.0, 0.0).sum() * 0.0 for p in self.parameters()]
+        return torch.stack(parts).nan_to_num(0.0).sum()
 
     @torch.no_grad()
     def score(self, batch: MicroBatch) -> Tensor:
@@ -194,3 +313,21 @@ class CoprisModule(L.LightningModule):
         self.log_dict(
             figures, on_epoch=True, prog_bar=True, batch_size=len(batch.rewards), sync_dist=True
         )
+
+
+def _predictions(policy: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """The last layer's outputs that predict the response tokens ``[N, D]``, and those ``[N]``."""
+    output = cast("Any", policy.base_model)(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+    )
+    mask, positions = batch.response_mask, batch.response_positions
+    rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+    # The output at one position predicts the token at the next.
+    hidden = output.last_hidden_state[rows[mask], positions[mask] - 1]
+    return hidden, batch.input_ids[rows[mask], positions[mask]]
+
+
+def _unflatten(values: Tensor, batch: MicroBatch) -> Tensor:
+    """``[N]`` response tokens to ``[B, R]``, 0 at padding."""
+    mask = batch.response_mask
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

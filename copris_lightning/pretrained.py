@@ -19,8 +19,12 @@ _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "l
 """Config fields of models that change logits after the head, which log-probs would miss."""
 
 
-def load_config(model: str) -> Any:
+def load_config(model: str, *, key: str = "model.init_args.model") -> Any:
     """The model's config.
+
+    Args:
+        model: path or hub name.
+        key: the YAML key that names it.
 
     Raises:
         ConfigurationError: there is no such model, or its log-probs cannot be computed here.
@@ -29,13 +33,13 @@ def load_config(model: str) -> Any:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise ConfigurationError(
-            f"model.init_args.model={model!r}: no folder with a checkpoint here, and the hub has "
+            f"{key}={model!r}: no folder with a checkpoint here, and the hub has "
             f"no such model or cannot be reached ({_first_line(error)})"
         ) from error
     for name in _LOGIT_CHANGES:
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise ConfigurationError(
-                f"model.init_args.model={model!r} changes its logits after the head "
+                f"{key}={model!r} changes its logits after the head "
                 f"({name}={getattr(config, name)}), which is not supported"
             )
     return config

@@ -20,7 +20,7 @@ from copris_lightning.rollout.engine import EngineSpec
 from copris_lightning.rollout.vllm import VLLMEngine
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "overlays")
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
 SIMULATED = str(ROOT / "configs" / "simulated.yaml")
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
@@ -79,8 +79,8 @@ def test_the_large_config_is_the_papers(tiny_checkpoint: Path, tmp_path: Path) -
     assert (settings.cap, settings.batch_groups, settings.group_size) == (1024, 64, 8)
     assert (settings.max_prompt_tokens, settings.max_new_tokens) == (1024, 15360)
     assert (settings.val_samples, settings.val_temperature) == (32, 0.6)
-    assert (cli.model.loss.clip_low, cli.model.loss.clip_high) == (0.2, 0.28)
-    assert cli.model.loss.dual_clip == 10.0
+    assert (cli.model.estimator.loss.clip_low, cli.model.estimator.loss.clip_high) == (0.2, 0.28)
+    assert cli.model.estimator.loss.dual_clip == 10.0
     assert cli.trainer.gradient_clip_val == 1.0
     cli.model.configure_model()
     configured = cli.model.configure_optimizers()
@@ -105,7 +105,9 @@ def test_every_overlay_changes_what_it_says_and_nothing_else(
     changed = changed.config.as_dict()
     differences = {
         "sync": [("data", "init_args", "max_staleness", 0)],
-        "no_is": [("model", "init_args", "loss", "init_args", "importance_sampling", False)],
+        "no_is": [
+            ("model", "init_args", "ratio", {"class_path": "copris_lightning.UncorrectedRatio"})
+        ],
     }[overlay.stem]
     for *path, key, value in differences:
         for config in (plain, changed):
@@ -121,6 +123,17 @@ def test_every_overlay_changes_what_it_says_and_nothing_else(
     plain.pop("config")
     changed.pop("config")
     assert changed == plain
+
+
+def test_the_copris_preset_is_the_default(tiny_checkpoint: Path) -> None:
+    preset = str(ROOT / "configs" / "presets" / "copris.yaml")
+    base = ["--config", SIMULATED]
+    base += ["--model.init_args.model", str(tiny_checkpoint)]
+    plain, named = instantiate(*base), instantiate(*base[:2], "--config", preset, *base[2:])
+    assert plain.model.estimator == named.model.estimator
+    assert plain.model.normalization == named.model.normalization
+    assert plain.datamodule.settings == named.datamodule.settings
+    assert plain.datamodule.advantage is named.datamodule.advantage
 
 
 @pytest.mark.parametrize("config", [SIMULATED, QUICKSTART], ids=["simulated", "quickstart"])

@@ -15,7 +15,7 @@ import pytest
 from copris_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "CONTRIBUTING.md")
+DOCS = ("README.md", "CONTRIBUTING.md", "docs/estimator.md")
 
 
 def blocks(language: str) -> list[str]:
@@ -64,6 +64,27 @@ def test_commands_of_the_documents_are_understood(
     assert "RolloutDataModule" in capsys.readouterr().out
 
 
+OVERLAYS = [block for block in blocks("yaml") if "my_run.yaml" not in block]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=range(len(OVERLAYS)))
+def test_parts_of_a_config_in_the_documents_train(
+    overlay: str, newcomer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (newcomer / "overlay.yaml").write_text(overlay)
+    assert main(["fit", "--config", "my_run.yaml", "--config", "overlay.yaml", *FIT]) == 0
+    assert "2 batches trained" in capsys.readouterr().out
+
+
+def test_figures_and_files_that_the_documents_name_exist() -> None:
+    for name in DOCS:
+        text = (ROOT / name).read_text()
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert ((ROOT / name).parent / link).exists(), (name, link)
+        for path in re.findall(r"`((?:configs|tests|benchmarks|docs)/[\w./-]+)`", text):
+            assert (ROOT / path).exists(), (name, path)
+
+
 def test_the_readmes_yaml_trains(newcomer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "--config", "my_run.yaml", *FIT]) == 0
     assert "2 batches trained" in capsys.readouterr().out
@@ -97,12 +118,6 @@ def test_make_targets_and_test_paths_of_the_documents_exist() -> None:
                 assert (ROOT / path).exists(), command
         else:
             assert words[0] in ("copris", "pip"), f"nothing runs this command: {command}"
-
-
-def test_files_that_the_documents_name_exist() -> None:
-    text = "\n".join((ROOT / name).read_text() for name in DOCS)
-    for path in set(re.findall(r"`((?:tests|configs)/[\w./]+)`", text)):
-        assert (ROOT / path).exists(), path
 
 
 def test_ci_runs_the_readmes_test_command_and_nothing_else() -> None:

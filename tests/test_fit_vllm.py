@@ -41,6 +41,7 @@ class Recorder(L.Callback):
         self.weights: dict[int, dict[str, torch.Tensor]] = {}
         self.batches: list[list[PromptGroup]] = []
         self.ratios: list[torch.Tensor] = []
+        self.mismatch: list[torch.Tensor] = []
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -53,7 +54,10 @@ class Recorder(L.Callback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.ratios.append(outputs["ratio"][batch.response_mask])
+        estimate = outputs["estimate"]
+        self.ratios.append(estimate.ratio[estimate.mask])
+        if estimate.mismatch_kl is not None:
+            self.mismatch.append(estimate.mismatch_kl[estimate.mask])
         if batch.is_last:
             self.batches.append(trainer.datamodule.training.delivered)
 
@@ -147,6 +151,9 @@ def test_with_learning_rate_zero_every_importance_ratio_is_one(
     ratios = torch.cat(recorder.ratios)
     assert len(ratios) > 1000
     assert (ratios - 1).abs().max() < 1e-4
+    # Engine and trainer are compared where both log-probs are at hand.
+    assert bool(recorder.mismatch) == (source == "trainer")
+    assert all(float(kl.max()) < 1e-8 for kl in recorder.mismatch)
 
 
 def test_a_stale_sync_stops_the_run_and_names_the_layer(

@@ -129,12 +129,13 @@ def test_the_quickstart_config_runs_and_sums_up(tiny_checkpoint: Path, tmp_path:
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGKILL"])
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGKILL", "SIGKILL while it boots"])
 def test_a_run_that_is_stopped_leaves_nothing_behind(
     tiny_checkpoint: Path, tmp_path: Path, how: str
 ) -> None:
     run = Run(command(tiny_checkpoint, "--trainer.max_steps=1000"), tmp_path)
-    run.wait_for("in flight")
+    # The engine's core says this when it has begun to start its workers.
+    run.wait_for("in flight" if "boots" not in how else "Initializing a V1 LLM engine")
     if how == "Ctrl-C":
         # As a terminal does it: the whole group gets the signal, the engine's processes too.
         os.killpg(run.process.pid, signal.SIGINT)

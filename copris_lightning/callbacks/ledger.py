@@ -18,9 +18,10 @@ class TrajectoryLedger(L.Callback):
     """Writes ``ledger/batch_000012.jsonl`` per batch, and ``predictions.jsonl`` in ``predict``.
 
     A line holds the batch's number, prompt id, sample, segments (version and tokens of each),
-    finish reason, lengths, reward, advantage and the response's text. A file appears whole, after
-    the batch was trained on; a run resumed from a checkpoint writes the later ones again.
-    ``fast_dev_run`` writes none.
+    finish reason, lengths, reward, advantage and the response's text; ``excluded`` says why if it
+    was left out of the loss (truncated, or quarantined for something not finite). A file appears
+    whole, after the batch was trained on; a run resumed from a checkpoint writes the later ones
+    again. ``fast_dev_run`` writes none.
 
     Args:
         directory: where to; by default the run's log directory.
@@ -33,6 +34,7 @@ class TrajectoryLedger(L.Callback):
         self.directory = directory
         self._root = Path()
         self._is_dry = False
+        self._quarantined: set[str] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out where the run logs (on every rank: Lightning asks rank 0)."""
@@ -59,8 +61,18 @@ class TrajectoryLedger(L.Callback):
     ) -> None:
         """Write the batch down once all of it was trained on."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if not batch.is_last or data.session is None or self._is_dry:
+        self._quarantined.update(outputs["quarantined"])
+        if not batch.is_last:
             return
+        shares = data.training.gather(sorted(self._quarantined))
+        self._quarantined.clear()
+        if data.session is None or self._is_dry:
+            return
+        names = {name for share in shares for name in share}
+        for group in data.training.delivered:
+            for trajectory in group.trajectories:
+                if trajectory.name in names:
+                    trajectory.excluded = "the policy's log-probs in training are not finite"
         index = data.training.batch_index
         records = (
             {"batch": index, **data.session.record(trajectory)}

@@ -11,73 +11,161 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.corrections import effective_sample_share
+from copris_lightning.core.estimator import Estimate
+from copris_lightning.core.ratios import clamp_log_ratio
 
 
 class LagStatistics(Metric):
-    """Sums over response tokens, by lag; reduced over ranks.
+    """Figures of trained response tokens, in total and by lag; reduced over ranks.
 
     Args:
         max_lag: lags are counted apart up to this one; the last bin takes those beyond too.
     """
 
     full_state_update = False
-    tokens: Tensor
-    ratios: Tensor
-    squares: Tensor
-    clipped: Tensor
+    sums: Tensor
+    lows: Tensor
+    highs: Tensor
     largest: Tensor
     lag_sum: Tensor
     trajectories: Tensor
     mixed: Tensor
 
+    RATIOS = ("is", "mismatch")
+    """Ratios with a mean, extremes and an effective sample size."""
+
+    MEANS = (
+        "is/clip_fraction_low",
+        "is/clip_fraction_high",
+        "kl/behavior",
+        "kl/mismatch",
+        "kl/reference",
+        "policy/entropy",
+    )
+    """What is averaged over tokens."""
+
     def __init__(self, max_lag: int = 16) -> None:
         super().__init__()
-        zeros = torch.zeros(max_lag + 1, dtype=torch.float64)
-        for name in ("tokens", "ratios", "squares", "clipped"):
-            self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
+        rows = 1 + 2 * len(self.RATIOS) + len(self.MEANS)
+        sums = torch.zeros(rows, max_lag + 1, dtype=torch.float64)
+        extremes = torch.full((len(self.RATIOS), max_lag + 1), torch.inf, dtype=torch.float64)
+        self.add_state("sums", sums, dist_reduce_fx="sum")
+        self.add_state("lows", extremes, dist_reduce_fx="min")
+        self.add_state("highs", -extremes, dist_reduce_fx="max")
         self.add_state("largest", torch.tensor(0), dist_reduce_fx="max")
         for name in ("lag_sum", "trajectories", "mixed"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+        self._known: set[str] = set()
 
-    def update(self, lags: Tensor, mask: Tensor, ratio: Tensor, clipped: Tensor) -> None:
-        """Add a micro-batch, every argument ``[B, R]``."""
-        selected = lags[mask]
-        bins = selected.clamp(max=len(self.tokens) - 1)
-        weights = ratio[mask].double()
-        self.tokens.index_add_(0, bins, torch.ones_like(weights))
-        self.ratios.index_add_(0, bins, weights)
-        self.squares.index_add_(0, bins, weights.square())
-        self.clipped.index_add_(0, bins, clipped[mask].double())
-        if selected.numel():
-            self.largest = torch.maximum(self.largest, selected.max())
-        self.lag_sum += selected.sum()
-        self.trajectories += len(lags)
-        lowest = torch.where(mask, lags, lags.max()).amin(dim=1) if lags.numel() else lags
-        self.mixed += ((lags * mask).amax(dim=1) > lowest).sum()
+    def update(self, estimate: Estimate) -> None:
+        """Add a micro-batch."""
+        mask, lags = estimate.mask, estimate.lags
+        mismatch = estimate.mismatch
+        quantities = {
+            "is": estimate.ratio,
+            "mismatch": None if mismatch is None else clamp_log_ratio(mismatch).exp(),
+            "is/clip_fraction_low": estimate.clipped_low,
+            "is/clip_fraction_high": estimate.clipped_high,
+            "kl/behavior": estimate.behavior_kl,
+            "kl/mismatch": estimate.mismatch_kl,
+            "kl/reference": estimate.reference_kl,
+            "policy/entropy": estimate.entropy,
+        }
+        chosen = {n: v[mask].double() for n, v in quantities.items() if v is not None}
+        self._known |= set(chosen)
+        if not mask.any():
+            return
+        bins = lags[mask].clamp(max=self.sums.shape[1] - 1)
+        nothing = torch.zeros_like(bins, dtype=torch.float64)
+        columns = [torch.ones_like(nothing)]
+        for row, name in enumerate(self.RATIOS):
+            columns += [chosen.get(name, nothing), chosen.get(name, nothing).square()]
+            if name in chosen:
+                self.lows[row].scatter_reduce_(0, bins, chosen[name], "amin")
+                self.highs[row].scatter_reduce_(0, bins, chosen[name], "amax")
+        columns += [chosen.get(name, nothing) for name in self.MEANS]
+        self.sums.index_add_(1, bins, torch.stack(columns))
+        self.largest = torch.maximum(self.largest, lags[mask].max())
+        self.lag_sum += lags[mask].sum()
+        self.trajectories += mask.any(dim=1).sum()
+        lowest = torch.where(mask, lags, lags.max()).amin(dim=1)
+        self.mixed += (torch.where(mask, lags, 0).amax(dim=1) > lowest).sum()
 
     def compute(self) -> dict[str, float]:
-        """The metrics, by name; bins without tokens are left out."""
-        count = float(self.tokens.sum())
-        ratios, squares = float(self.ratios.sum()), float(self.squares.sum())
+        """The metrics, by name; what is not known and bins without tokens are left out."""
+        tokens = self.sums[0]
+        count = float(tokens.sum())
+        if not count:
+            return {}
         figures = {
             "staleness/lag_mean": float(self.lag_sum) / count,
             "staleness/lag_max": float(self.largest),
             "staleness/mixed_fraction": float(self.mixed) / float(self.trajectories),
-            "is/ratio_mean": ratios / count,
-            "is/clip_fraction": float(self.clipped.sum()) / count,
-            # Kish's effective sample size as a share of the tokens.
-            "is/ess": ratios**2 / (count * squares),
         }
-        for lag, tokens in enumerate(self.tokens.tolist()):
-            if tokens:
-                figures[f"staleness/token_fraction/lag_{lag}"] = tokens / count
-                figures[f"is/ratio_mean/lag_{lag}"] = float(self.ratios[lag]) / tokens
-                figures[f"is/clip_fraction/lag_{lag}"] = float(self.clipped[lag]) / tokens
+        figures |= self._over(slice(None), "")
+        for lag, n in enumerate(tokens.tolist()):
+            if n:
+                figures[f"staleness/token_fraction/lag_{lag}"] = n / count
+                figures |= self._over(slice(lag, lag + 1), f"/lag_{lag}")
         return figures
+
+    def _over(self, lags: slice, suffix: str) -> dict[str, float]:
+        """Ratios and means over the tokens of some lags."""
+        count, *sums = self.sums[:, lags].sum(dim=1).tolist()
+        figures: dict[str, float] = {}
+        for row, name in enumerate(self.RATIOS):
+            if name in self._known:
+                total, squares = sums[2 * row : 2 * row + 2]
+                figures[f"{name}/ratio_mean"] = total / count
+                figures[f"{name}/ratio_min"] = float(self.lows[row, lags].min())
+                figures[f"{name}/ratio_max"] = float(self.highs[row, lags].max())
+                figures[f"{name}/ess"] = effective_sample_share(total, squares, count)
+        for name, total in zip(self.MEANS, sums[2 * len(self.RATIOS) :], strict=True):
+            if name in self._known:
+                figures[name] = total / count
+        clipped = ("is/clip_fraction_low", "is/clip_fraction_high")
+        figures["is/clip_fraction"] = sum(figures[name] for name in clipped)
+        return {name + suffix: value for name, value in figures.items()}
+
+
+class CorrectionStatistics(Metric):
+    """What a correction does to the trained tokens; reduced over ranks."""
+
+    full_state_update = False
+    tokens: Tensor
+    weights: Tensor
+    squares: Tensor
+    rejected: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("tokens", "weights", "squares", "rejected"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, weights: Tensor, mask: Tensor) -> None:
+        """Add a micro-batch, both ``[B, R]``."""
+        kept = weights[mask].double()
+        self.tokens += kept.numel()
+        self.weights += kept.sum()
+        self.squares += kept.square().sum()
+        self.rejected += (kept == 0).sum()
+
+    def compute(self) -> dict[str, float]:
+        """Mean weight, share of tokens left out, and effective sample size as a share."""
+        count, total = float(self.tokens), float(self.weights)
+        if not count:
+            return {}
+        return {
+            "weight_mean": total / count,
+            "rejected_fraction": float(self.rejected) / count,
+            "ess": effective_sample_share(total, float(self.squares), count),
+        }
 
 
 class StalenessMonitor(L.Callback):
-    """Logs lag (mean, max, histogram), mixed-version trajectories, and IS ratios by lag.
+    """Logs lag (mean, max, histogram), mixed-version trajectories, and by lag: importance ratios,
+    clipping, divergences and entropy; and what each correction does.
 
     Args:
         max_lag: lags are told apart up to this one.
@@ -85,6 +173,7 @@ class StalenessMonitor(L.Callback):
 
     def __init__(self, max_lag: int = 16) -> None:
         self.statistics = LagStatistics(max_lag)
+        self.corrections: dict[str, CorrectionStatistics] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count where the batches are."""
@@ -99,29 +188,40 @@ class StalenessMonitor(L.Callback):
         batch_idx: int,
     ) -> None:
         """Add a micro-batch; after a batch's last one, log."""
-        self.statistics.update(
-            batch.lags, batch.response_mask, outputs["ratio"], outputs["clipped"]
-        )
+        estimate: Estimate = outputs["estimate"]
+        self.statistics.update(estimate)
+        for name, weights in estimate.corrections.items():
+            if name not in self.corrections:
+                self.corrections[name] = CorrectionStatistics().to(pl_module.device)
+            self.corrections[name].update(weights, estimate.mask)
         if not batch.is_last:
             return
-        for name, value in self.statistics.compute().items():
+        figures = self.statistics.compute()
+        for name, statistics in self.corrections.items():
+            for quantity, value in statistics.compute().items():
+                figures[f"correction/{name}/{quantity}"] = value
+            statistics.reset()
+        for name, value in figures.items():
             pl_module.log(name, value, rank_zero_only=True)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                self._add_histogram(logger, trainer.global_step)
+            if figures and isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                self._add_histogram(logger, figures, trainer.global_step)
         self.statistics.reset()
 
-    def _add_histogram(self, logger: TensorBoardLogger, step: int) -> None:
-        counts = self.statistics.tokens.tolist()
-        lags = range(len(counts))
+    def _add_histogram(
+        self, logger: TensorBoardLogger, figures: dict[str, float], step: int
+    ) -> None:
+        """Shares of the tokens by lag, over all ranks."""
+        lags = range(self.statistics.sums.shape[1])
+        shares = [figures.get(f"staleness/token_fraction/lag_{lag}", 0.0) for lag in lags]
         logger.experiment.add_histogram_raw(
             "staleness/lag",
             min=0,
-            max=float(self.statistics.largest),
-            num=sum(counts),
-            sum=sum(lag * n for lag, n in zip(lags, counts, strict=True)),
-            sum_squares=sum(lag * lag * n for lag, n in zip(lags, counts, strict=True)),
+            max=figures["staleness/lag_max"],
+            num=1.0,
+            sum=figures["staleness/lag_mean"],
+            sum_squares=sum(lag * lag * n for lag, n in zip(lags, shares, strict=True)),
             bucket_limits=[lag + 0.5 for lag in lags],
-            bucket_counts=counts,
+            bucket_counts=shares,
             global_step=step,
         )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from copris_lightning.core.normalization import UpdateTotals
 from copris_lightning.core.trajectory import LogprobSource, Trajectory
+
+NO_TOTALS = UpdateTotals(trajectories=0, tokens=0, max_new_tokens=1)
+"""Of a micro-batch that is not trained on."""
 
 
 @dataclass(slots=True)
@@ -26,10 +31,16 @@ class MicroBatch:
         behavior_logprobs: ``[B, R]``, natural log, 0 at padding.
         versions: ``[B, R]``, the policy version of each response token, 0 at padding.
         advantages: ``[B]``.
+        included: ``[B]``, false for trajectories that are left out of the loss.
+        mismatch: ``[B, R]``, log of trainer over engine probability, 0 at padding; ``None`` where
+            only the engine's are known.
+        proximal_logprobs: ``[B, R]``, 0 at padding; ``None`` unless asked for.
+        names: ``[B]``, what to call each trajectory in messages.
         policy_version: the version being trained.
         temperature: of the distribution the tokens were sampled from.
-        update_tokens: response tokens of the whole optimizer step, over all ranks: the
-            denominator of the token mean.
+        totals: of the whole optimizer step, over all ranks.
+        quarantine_limit: trajectories of the batch that may turn out not finite on a rank while
+            it is trained on.
         is_last: whether this is the last micro-batch of the batch on this rank.
         metrics: the batch's figures to log, present where ``is_last``.
     """
@@ -40,9 +51,14 @@ class MicroBatch:
     behavior_logprobs: Tensor
     versions: Tensor
     advantages: Tensor
+    included: Tensor
+    mismatch: Tensor | None = None
+    proximal_logprobs: Tensor | None = None
+    names: list[str] = field(default_factory=list)
     policy_version: int = 0
     temperature: float = 1.0
-    update_tokens: int = 0
+    totals: UpdateTotals = NO_TOTALS
+    quarantine_limit: int = 0
     is_last: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -60,6 +76,25 @@ class MicroBatch:
     def response_mask(self) -> Tensor:
         """True at response tokens, ``[B, R]``."""
         return length_mask(self.response_lengths, self.behavior_logprobs.shape[1])
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """True at the response tokens that count, ``[B, R]``."""
+        return self.response_mask & self.included[:, None]
+
+    def rows(self, keep: Tensor) -> MicroBatch:
+        """Only some of the trajectories.
+
+        Args:
+            keep: ``[B]``, bool.
+        """
+        changed: dict[str, Any] = {
+            f.name: getattr(self, f.name)[keep]
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        names = [name for name, kept in zip(self.names, keep.tolist(), strict=True) if kept]
+        return replace(self, **changed, names=names)
 
     @property
     def response_positions(self) -> Tensor:
@@ -85,7 +120,8 @@ def collate(
     source: LogprobSource | None,
     policy_version: int = 0,
     temperature: float = 1.0,
-    update_tokens: int = 0,
+    totals: UpdateTotals = NO_TOTALS,
+    quarantine_limit: int = 0,
 ) -> MicroBatch:
     """Pad trajectories into a :class:`MicroBatch`.
 
@@ -94,7 +130,8 @@ def collate(
         source: which log-probs are the behaviour's; ``None`` leaves zeros (for scoring).
         policy_version: the version being trained.
         temperature: of the sampling distribution.
-        update_tokens: response tokens of the whole optimizer step.
+        totals: of the whole optimizer step.
+        quarantine_limit: see :class:`MicroBatch`.
 
     Raises:
         ValueError: no trajectory, or an empty prompt.
@@ -107,6 +144,12 @@ def collate(
     tokens = [[*t.prompt_token_ids, *t.response_token_ids] for t in trajectories]
     width = max(1, *(t.response_length for t in trajectories))
     behavior = [[] if source is None else t.behavior_logprobs(source) for t in trajectories]
+    mismatch = proximal = None
+    if source == "trainer":
+        engine = _pad([t.behavior_logprobs("engine") for t in trajectories], torch.float64, width)
+        mismatch = (_pad(behavior, torch.float64, width) - engine).float()
+    if all(len(t.proximal_logprobs) == t.response_length for t in trajectories):
+        proximal = _pad([t.proximal_logprobs for t in trajectories], torch.float32, width)
     return MicroBatch(
         input_ids=_pad(tokens, torch.long),
         prompt_lengths=torch.tensor([len(t.prompt_token_ids) for t in trajectories]),
@@ -114,9 +157,14 @@ def collate(
         behavior_logprobs=_pad(behavior, torch.float32, width),
         versions=_pad([t.versions for t in trajectories], torch.long, width),
         advantages=torch.tensor([t.advantage or 0.0 for t in trajectories], dtype=torch.float32),
+        included=torch.tensor([t.excluded is None for t in trajectories]),
+        mismatch=mismatch,
+        proximal_logprobs=proximal,
+        names=[t.name for t in trajectories],
         policy_version=policy_version,
         temperature=temperature,
-        update_tokens=update_tokens,
+        totals=totals,
+        quarantine_limit=quarantine_limit,
     )
 
 

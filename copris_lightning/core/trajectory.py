@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length"]
 LogprobSource = Literal["trainer", "engine"]
+TRUNCATED = "truncated"
+"""Why a trajectory is excluded that hit the limit, where such are not trained on."""
 
 
 @dataclass(slots=True)
@@ -44,8 +47,12 @@ class Trajectory:
         max_new_tokens: limit on the response length over all resumes, in tokens.
         segments: the response so far, versions non-decreasing.
         finish_reason: ``"stop"`` (a stop token) or ``"length"`` (the limit); ``None`` before.
-        reward: set once scored.
+        reward: set once scored; NaN if the reward gave no number.
         advantage: set once its group is delivered to training.
+        proximal_logprobs: of every response token under the version being trained; empty unless
+            the estimator asks for them.
+        excluded: why it is left out of the loss: ``"truncated"``, or what was not finite
+            (it is quarantined then); ``None`` if it is trained on.
     """
 
     group_id: int
@@ -57,6 +64,13 @@ class Trajectory:
     finish_reason: FinishReason | None = None
     reward: float | None = None
     advantage: float | None = None
+    proximal_logprobs: list[float] = field(default_factory=list)
+    excluded: str | None = None
+
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether something about it is not finite, so that nothing of it may be used."""
+        return self.excluded not in (None, TRUNCATED)
 
     @property
     def response_length(self) -> int:
@@ -92,20 +106,20 @@ class Trajectory:
         """
         if len(token_ids) != len(logprobs):
             raise ValueError(
-                f"{self._name}: {len(token_ids)} tokens came with {len(logprobs)} log-probs"
+                f"{self.name}: {len(token_ids)} tokens came with {len(logprobs)} log-probs"
             )
         if not token_ids:
             return
         if self.finish_reason is not None:
-            raise ValueError(f"{self._name} is finished ({self.finish_reason}); cannot append")
+            raise ValueError(f"{self.name} is finished ({self.finish_reason}); cannot append")
         if len(token_ids) > self.remaining_tokens:
             raise ValueError(
-                f"{self._name}: {self.response_length} + {len(token_ids)} tokens exceed the "
+                f"{self.name}: {self.response_length} + {len(token_ids)} tokens exceed the "
                 f"limit of {self.max_new_tokens}"
             )
         if self.segments and version < self.segments[-1].version:
             raise ValueError(
-                f"{self._name}: version {version} follows version {self.segments[-1].version}"
+                f"{self.name}: version {version} follows version {self.segments[-1].version}"
             )
         if not self.segments or self.segments[-1].version != version:
             self.segments.append(Segment(version))
@@ -128,7 +142,7 @@ class Trajectory:
         """
         if len(logprobs) != self.response_length:
             raise ValueError(
-                f"{self._name}: {len(logprobs)} log-probs for {self.response_length} tokens"
+                f"{self.name}: {len(logprobs)} log-probs for {self.response_length} tokens"
             )
         start = 0
         for segment in self.segments:
@@ -148,8 +162,22 @@ class Trajectory:
         if source == "engine":
             return [value for segment in self.segments for value in segment.logprobs]
         if self.unscored_tokens():
-            raise ValueError(f"{self._name}: {self.unscored_tokens()} tokens are not scored")
+            raise ValueError(f"{self.name}: {self.unscored_tokens()} tokens are not scored")
         return [value for segment in self.segments for value in segment.trainer_logprobs]
+
+    def not_finite(self) -> str | None:
+        """What of the trajectory is not a finite number, in words; ``None`` if all is."""
+        if self.reward is not None and not math.isfinite(self.reward):
+            return f"its reward is {self.reward}"
+        for name, values in (
+            ("the engine's", [v for s in self.segments for v in s.logprobs]),
+            ("the trainer's", [v for s in self.segments for v in s.trainer_logprobs]),
+            ("the proximal policy's", self.proximal_logprobs),
+        ):
+            for position, value in enumerate(values):
+                if not math.isfinite(value):
+                    return f"{name} log-prob of token {position} is {value}"
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values only; the inverse of :meth:`from_state`."""
@@ -168,8 +196,9 @@ class Trajectory:
         return cls(**{**state, "segments": segments, "prompt_token_ids": prompt})
 
     @property
-    def _name(self) -> str:
-        return f"trajectory {self.sample} of prompt {self.prompt_id!r}"
+    def name(self) -> str:
+        """What to call it in messages."""
+        return f"trajectory {self.sample} of prompt {self.prompt_id!r} (group {self.group_id})"
 
 
 @dataclass(slots=True)

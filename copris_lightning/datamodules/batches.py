@@ -6,10 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
-from copris_lightning.core.advantage import group_relative
 from copris_lightning.core.batching import MicroBatch, collate, forward_cost, partition
+from copris_lightning.core.normalization import UpdateTotals
 from copris_lightning.core.trajectory import LogprobSource, PromptGroup, Trajectory
 from copris_lightning.errors import ConfigurationError
 
@@ -52,17 +50,6 @@ class BatchShape:
             )
 
 
-def set_advantages(groups: Sequence[PromptGroup], *, normalize_std: bool) -> None:
-    """Fill in every trajectory's advantage from its group's rewards."""
-    advantages = group_relative(
-        torch.tensor([group.rewards for group in groups], dtype=torch.float64),
-        normalize_std=normalize_std,
-    )
-    for group, row in zip(groups, advantages.tolist(), strict=True):
-        for trajectory, advantage in zip(group.trajectories, row, strict=True):
-            trajectory.advantage = advantage
-
-
 def divide(
     groups: Sequence[PromptGroup],
     shape: BatchShape,
@@ -70,30 +57,38 @@ def divide(
     source: LogprobSource,
     policy_version: int,
     temperature: float,
+    max_new_tokens: int,
+    quarantine_limit: int = 0,
     metrics: dict[str, float],
     seed: int,
 ) -> list[list[MicroBatch]]:
     """Each rank's micro-batches, in the order of training; a pure function of its arguments.
 
-    Groups are dealt at random to the updates. Within one, micro-batches of near-equal cost go to
-    the ranks side by side, so that no rank waits long for another.
+    Groups are dealt at random to the updates. Trajectories that are excluded from the loss are
+    left out, except where a micro-batch would be empty without them. Within an update,
+    micro-batches of near-equal cost go to the ranks side by side, so that no rank waits long for
+    another.
     """
     dealt = list(groups)
     if shape.updates > 1:
         random.Random(seed).shuffle(dealt)
     ranks: list[list[MicroBatch]] = [[] for _ in range(shape.world_size)]
     for update in range(shape.updates):
-        rows = [t for group in dealt[update :: shape.updates] for t in group.trajectories]
-        tokens = sum(t.response_length for t in rows)
-        lengths = [sequence_length(t) for t in rows]
+        dealt_rows = [t for group in dealt[update :: shape.updates] for t in group.trajectories]
+        rows = [t for t in dealt_rows if t.excluded is None]
+        totals = UpdateTotals(len(rows), sum(t.response_length for t in rows), max_new_tokens)
         parts = shape.world_size * shape.micro_batches
+        excluded = sorted((t for t in dealt_rows if t.excluded is not None), key=sequence_length)
+        rows += excluded[: max(0, parts - len(rows))]
+        lengths = [sequence_length(t) for t in rows]
         for i, indices in enumerate(partition(lengths, parts, forward_cost(shape.hidden_size))):
             micro_batch = collate(
                 [rows[j] for j in indices],
                 source=source,
                 policy_version=policy_version,
                 temperature=temperature,
-                update_tokens=tokens,
+                totals=totals,
+                quarantine_limit=quarantine_limit,
             )
             ranks[i % shape.world_size].append(micro_batch)
     for micro_batches in ranks:

@@ -1,4 +1,5 @@
-"""Behaviour log-probs the paper's way: recomputed by the trainer before its weights change."""
+"""Log-probs that the trainer computes before its weights change: the behaviour's, the paper's way,
+and the proximal policy's."""
 
 from __future__ import annotations
 
@@ -34,11 +35,50 @@ def score_behavior(
         max_tokens: padded tokens per forward pass.
     """
     new = [t for t in trajectories or () if t.unscored_tokens()]
-    runs = split_by_tokens([sequence_length(t) for t in new], max_tokens)
+    scores = _forward(
+        trainer,
+        None if trajectories is None else new,
+        exchange,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+    for trajectory, values in zip(new, scores, strict=True):
+        trajectory.set_trainer_logprobs(values)
+
+
+def score_proximal(
+    trainer: L.Trainer,
+    trajectories: Sequence[Trajectory] | None,
+    exchange: Exchange,
+    *,
+    temperature: float,
+    max_tokens: int,
+) -> None:
+    """Fill in the log-probs of all tokens under the weights that training starts from now.
+
+    Arguments as :func:`score_behavior`.
+    """
+    scores = _forward(
+        trainer, trajectories, exchange, temperature=temperature, max_tokens=max_tokens
+    )
+    for trajectory, values in zip(trajectories or (), scores, strict=True):
+        trajectory.proximal_logprobs = values
+
+
+def _forward(
+    trainer: L.Trainer,
+    rows: Sequence[Trajectory] | None,
+    exchange: Exchange,
+    *,
+    temperature: float,
+    max_tokens: int,
+) -> list[list[float]]:
+    """The trainer's log-probs of each response, on rank 0; the others help and get nothing."""
+    runs = split_by_tokens([sequence_length(t) for t in rows or ()], max_tokens)
     shares = None
-    if trajectories is not None:
+    if rows is not None:
         batches = [
-            collate([new[i] for i in run], source=None, temperature=temperature) for run in runs
+            collate([rows[i] for i in run], source=None, temperature=temperature) for run in runs
         ]
         shares = [batches[rank :: exchange.world_size] for rank in range(exchange.world_size)]
     module: Any = trainer.lightning_module
@@ -50,9 +90,11 @@ def score_behavior(
         lengths = batch.response_lengths.tolist()
         scored.append([row[:n].tolist() for row, n in zip(logprobs, lengths, strict=True)])
     gathered = exchange.gather(scored)
-    if gathered is None:
-        return
+    if gathered is None or rows is None:
+        return []
+    result: list[list[float]] = [[] for _ in rows]
     for i, run in enumerate(runs):
-        rows = gathered[i % exchange.world_size][i // exchange.world_size]
-        for j, row in zip(run, rows, strict=True):
-            new[j].set_trainer_logprobs(row)
+        part = gathered[i % exchange.world_size][i // exchange.world_size]
+        for j, values in zip(run, part, strict=True):
+            result[j] = values
+    return result

@@ -64,7 +64,8 @@ def evaluate(
 
 def _batch(session: RolloutSession, groups: list[PromptGroup]) -> EvaluationBatch:
     return EvaluationBatch(
-        rewards=torch.tensor([group.rewards for group in groups]),
+        # Where the reward gave no verdict there was no success.
+        rewards=torch.tensor([group.rewards for group in groups]).nan_to_num(0.0, 0.0, 0.0),
         response_lengths=torch.tensor(
             [[t.response_length for t in group.trajectories] for group in groups]
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -12,8 +12,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from copris_lightning.core.advantage import grpo
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
@@ -68,7 +70,7 @@ class RolloutDataModule(L.LightningDataModule):
         reward: scores a response; see :class:`Reward`.
         engine: generates; :class:`VLLMEngine` or :class:`SimulatedEngine`.
         val_prompts: prompts of ``validate`` and of validation during ``fit``, which measures the
-            last synced weights.
+            last synced weights. A response without a verdict counts 0.
         test_prompts: prompts of ``test``.
         predict_prompts: prompts of ``predict``.
         cap: trajectories in flight, N'.
@@ -83,7 +85,18 @@ class RolloutDataModule(L.LightningDataModule):
         max_staleness: largest lag of a trained token in policy versions; ``null`` for no bound,
             0 for synchronous RL without carry-over.
         updates_per_batch: optimizer steps on each batch.
-        normalize_advantage_std: divide advantages by the group's standard deviation (GRPO).
+        advantage: rewards ``[groups, G]`` to advantages; a function by its import path, such as
+            those of :mod:`copris_lightning.core.advantage`.
+        truncated: what becomes of responses that hit ``max_new_tokens``: ``train`` on them like on
+            any other, with the reward that they got; or ``mask`` them from the loss (their
+            rewards still count for their group).
+        overlong_cushion: DAPO's soft penalty for long responses grows from 0 to -1 over this share
+            of ``max_new_tokens`` below the limit; 0 for none.
+        drop_zero_variance: drop groups of equal rewards and roll out others (DAPO).
+        max_dropped_groups: groups in a row that may be dropped before the run ends with an error;
+            by default ten batches' worth.
+        max_quarantined: share of a batch's trajectories that may be left out because a reward or
+            log-prob is not finite, before the run ends with an error.
         score_batch_tokens: padded tokens per forward pass when recomputing log-probs.
         val_samples: responses per prompt in evaluation, k.
         val_temperature: of the sampling distribution in evaluation, > 0.
@@ -115,7 +128,12 @@ class RolloutDataModule(L.LightningDataModule):
         behavior_logprobs: LogprobSource = "trainer",
         max_staleness: int | None = None,
         updates_per_batch: int = 1,
-        normalize_advantage_std: bool = True,
+        advantage: Advantage = grpo,
+        truncated: Literal["train", "mask"] = "train",
+        overlong_cushion: float = 0.0,
+        drop_zero_variance: bool = False,
+        max_dropped_groups: int | None = None,
+        max_quarantined: float = 0.25,
         score_batch_tokens: int = 16384,
         val_samples: int = 1,
         val_temperature: float = 1.0,
@@ -137,12 +155,17 @@ class RolloutDataModule(L.LightningDataModule):
             score_batch_tokens=score_batch_tokens,
             val_samples=val_samples,
             val_temperature=val_temperature,
+            truncated=truncated,
+            overlong_cushion=overlong_cushion,
+            drop_zero_variance=drop_zero_variance,
+            max_dropped_groups=max_dropped_groups,
+            max_quarantined=max_quarantined,
             seed=seed,
         )
         self.model = model
         self.engine = engine
         self.skip_long_prompts = skip_long_prompts
-        self.normalize_advantage_std = normalize_advantage_std
+        self.advantage = advantage
         self.sources: dict[str, PromptSource | None] = {
             "prompts": prompts,
             "val_prompts": val_prompts,
@@ -180,6 +203,7 @@ class RolloutDataModule(L.LightningDataModule):
         )
         if stage == "fit":
             shape.check(self.settings.batch_groups, self.settings.group_size)
+            self._check_estimator()
             self._check_epochs(shape)
         syncers = [c for c in self._callbacks if isinstance(c, WeightSyncer)]
         if not syncers:
@@ -213,7 +237,7 @@ class RolloutDataModule(L.LightningDataModule):
                 self.settings,
                 shape,
                 self._stop_ids,
-                normalize_std=self.normalize_advantage_std,
+                advantage=self.advantage,
                 exchange=self._exchange,
                 observer=self._observe,
             )
@@ -236,6 +260,25 @@ class RolloutDataModule(L.LightningDataModule):
             finally:
                 self.training = None
                 session.close()
+
+    def _check_estimator(self) -> None:
+        """Refuse what would spoil the importance ratio, and ratios that will not be known."""
+        assert self.trainer is not None
+        precision = str(self.trainer.precision)
+        if precision in ("16-true", "bf16-true"):
+            raise ConfigurationError(
+                f"trainer.precision={precision} would round log-probs and advantages; set it to "
+                "32-true or bf16-mixed, and model.init_args.dtype=bfloat16 for such weights"
+            )
+        module: Any = self.trainer.lightning_module
+        estimator = getattr(module, "estimator", None)
+        if estimator is None:
+            return  # WeightSync refuses the module
+        if estimator.needs_mismatch and self.settings.behavior_logprobs == "engine":
+            raise ConfigurationError(
+                f"{KEY}.behavior_logprobs=engine: model.init_args.corrections of the mismatch "
+                "between engine and trainer need the trainer's log-probs too; set it to trainer"
+            )
 
     def _check_epochs(self, shape: BatchShape) -> None:
         """Refuse epochs that end within a batch: Lightning steps there, on a part of it."""

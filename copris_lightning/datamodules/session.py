@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.loop_thread import LoopThread
 from copris_lightning.rollout.engine import Engine, EngineSpec
 from copris_lightning.rollout.rewards import RewardScorer
-from copris_lightning.rollout.scheduler import Event, PromptQueue, RolloutScheduler
+from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
 
 T = TypeVar("T")
 
@@ -79,6 +80,11 @@ class RolloutSession:
         """Whether :meth:`close` was not called yet."""
         return not self._closed.locked()
 
+    @property
+    def reward_name(self) -> str:
+        """The reward's class or function."""
+        return self._scorer.name
+
     def decode(self, token_ids: Sequence[int]) -> str:
         """Response text, special tokens dropped. Never encoded again."""
         text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
@@ -93,6 +99,7 @@ class RolloutSession:
         temperature: float,
         seed: int,
         name: str,
+        accept: Accept | None = None,
         observer: Callable[[Event], None],
     ) -> RolloutScheduler:
         """A scheduler on this engine; closed with the session."""
@@ -105,6 +112,7 @@ class RolloutSession:
             temperature=temperature,
             seed=seed,
             name=name,
+            accept=accept or (lambda group: True),
             observer=observer,
         )
         self._schedulers.append(scheduler)
@@ -116,6 +124,9 @@ class RolloutSession:
 
     def record(self, trajectory: Trajectory) -> dict[str, Any]:
         """A trajectory as the ledger and predictions show it: plain values."""
+        # JSON has no NaN.
+        reward = trajectory.reward
+        known = reward is not None and math.isfinite(reward)
         return {
             "prompt_id": trajectory.prompt_id,
             "sample": trajectory.sample,
@@ -123,8 +134,9 @@ class RolloutSession:
             "finish_reason": trajectory.finish_reason,
             "prompt_tokens": len(trajectory.prompt_token_ids),
             "response_tokens": trajectory.response_length,
-            "reward": trajectory.reward,
+            "reward": reward if known else None,
             "advantage": trajectory.advantage,
+            **({"excluded": trajectory.excluded} if trajectory.excluded else {}),
             "response": self.decode(trajectory.response_token_ids),
         }
 

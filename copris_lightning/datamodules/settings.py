@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.errors import ConfigurationError
@@ -27,6 +28,11 @@ class RolloutSettings:
     score_batch_tokens: int
     val_samples: int
     val_temperature: float
+    truncated: Literal["train", "mask"]
+    overlong_cushion: float
+    drop_zero_variance: bool
+    max_dropped_groups: int | None
+    max_quarantined: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -39,6 +45,7 @@ class RolloutSettings:
             ("updates_per_batch", self.updates_per_batch, 1),
             ("score_batch_tokens", self.score_batch_tokens, 1),
             ("val_samples", self.val_samples, 1),
+            ("max_dropped_groups", self.dropped_limit, 1),
         )
         for name, value, least in at_least:
             if value < least:
@@ -61,11 +68,25 @@ class RolloutSettings:
             raise ConfigurationError(
                 f"{KEY}.behavior_logprobs={self.behavior_logprobs!r} must be trainer or engine"
             )
+        if self.truncated not in ("train", "mask"):
+            raise ConfigurationError(f"{KEY}.truncated={self.truncated!r} must be train or mask")
+        for name, share in (
+            ("overlong_cushion", self.overlong_cushion),
+            ("max_quarantined", self.max_quarantined),
+        ):
+            if not 0 <= share <= 1:
+                raise ConfigurationError(f"{KEY}.{name}={share} must lie between 0 and 1")
         if self.updates_per_batch > self.batch_groups:
             raise ConfigurationError(
                 f"{KEY}.updates_per_batch={self.updates_per_batch} exceeds "
                 f"batch_groups={self.batch_groups}: an update needs a group"
             )
+
+    @property
+    def dropped_limit(self) -> int:
+        """Groups in a row that may be dropped: ten batches' worth unless it is set."""
+        given = self.max_dropped_groups
+        return 10 * self.batch_groups if given is None else given
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -12,13 +12,20 @@ import lightning as L
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import PromptGroup
-from copris_lightning.datamodules.batches import BatchShape, divide, set_advantages
-from copris_lightning.datamodules.behavior import score_behavior
+from copris_lightning.datamodules.batches import BatchShape, divide
+from copris_lightning.datamodules.behavior import score_behavior, score_proximal
+from copris_lightning.datamodules.credit import (
+    Advantage,
+    mean_reward,
+    quarantine,
+    set_advantages,
+)
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptStream
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.rollout.filters import ZeroVarianceFilter
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler, StageStats
 
 
@@ -53,7 +60,7 @@ class TrainingStream:
         settings: the rollout's numbers.
         shape: how batches are divided.
         stop_token_ids: tokens that end a response.
-        normalize_std: divide advantages by the group's standard deviation.
+        advantage: rewards to advantages.
         exchange: between ranks.
         observer: called with every scheduler event, on the rollout thread.
     """
@@ -67,7 +74,7 @@ class TrainingStream:
         shape: BatchShape,
         stop_token_ids: tuple[int, ...],
         *,
-        normalize_std: bool,
+        advantage: Advantage,
         exchange: Exchange,
         observer: Callable[[Event], None],
     ) -> None:
@@ -78,7 +85,7 @@ class TrainingStream:
         self._prompts = prompts
         self._settings = settings
         self._shape = shape
-        self._normalize_std = normalize_std
+        self._advantage = advantage
         self._exchange = exchange
         self._observer = observer
         self._micro_batches: list[MicroBatch] = []
@@ -86,7 +93,7 @@ class TrainingStream:
         self._undivided = False
         self._trained = False
         self.is_collecting = False
-        self._stats = StageStats(0.0, 0, 0, 0, 0, 0.0)
+        self._stats = StageStats(0.0, 0, 0, 0, 0, 0, 0.0)
         self._metrics: dict[str, float] = {}
         self._policy_version = 0
         self._cycle_start: float | None = None
@@ -108,6 +115,9 @@ class TrainingStream:
                 temperature=settings.temperature,
                 seed=settings.seed,
                 name="train",
+                accept=ZeroVarianceFilter(settings.dropped_limit, session.reward_name)
+                if settings.drop_zero_variance
+                else None,
                 observer=self._observe,
             )
 
@@ -130,6 +140,10 @@ class TrainingStream:
         """The engine has the weights of ``version`` from now on."""
         if self._session is not None and self.scheduler is not None:
             self._session.call(_advance(self.scheduler.buffer, version))
+
+    def gather(self, part: Any) -> list[Any]:
+        """Every rank's ``part`` on rank 0, an empty list elsewhere; all ranks must call it."""
+        return self._exchange.gather(part) or []
 
     @property
     def has_open_batch(self) -> bool:
@@ -178,13 +192,29 @@ class TrainingStream:
                 temperature=self._settings.temperature,
                 max_tokens=self._settings.score_batch_tokens,
             )
-        self.batch_index += 1
+        if self._needs_proximal:
+            delivered = [t for group in self.delivered for t in group.trajectories]
+            score_proximal(
+                self._trainer,
+                None if trajectories is None else delivered,
+                self._exchange,
+                temperature=self._settings.temperature,
+                max_tokens=self._settings.score_batch_tokens,
+            )
         if trajectories is None:
+            self.batch_index += 1
             return None
-        set_advantages(self.delivered, normalize_std=self._normalize_std)
-        self._metrics = self._figures(started, rolled_out)
+        try:
+            quarantine(self.delivered, self._settings.max_quarantined)
+            set_advantages(self.delivered, self._advantage, self._settings)
+            self.batch_index += 1
+            self._metrics = self._figures(started, rolled_out)
+            divided = self._divide()
+        except BaseException as error:
+            self._exchange.abandon(error)
+            raise
         self._undivided = False
-        return self._divide()
+        return divided
 
     async def _collect(self, scheduler: RolloutScheduler) -> None:
         """Keep the batch before anything can interrupt: it has left the buffer."""
@@ -198,6 +228,11 @@ class TrainingStream:
         self._undivided = True
         self._policy_version = scheduler.buffer.version
         self._trained = False
+
+    @property
+    def _needs_proximal(self) -> bool:
+        module: Any = self._trainer.lightning_module
+        return bool(module.estimator.needs_proximal)
 
     def _check_synced(self) -> None:
         """The trainer can only score tokens made with the weights that it has."""
@@ -216,6 +251,12 @@ class TrainingStream:
             source=self._settings.behavior_logprobs,
             policy_version=self._policy_version,
             temperature=self._settings.temperature,
+            max_new_tokens=self._settings.max_new_tokens,
+            quarantine_limit=int(
+                self._settings.max_quarantined
+                * self._settings.batch_groups
+                * self._settings.group_size
+            ),
             metrics=self._metrics,
             seed=self.batch_index,
         )
@@ -225,14 +266,17 @@ class TrainingStream:
         rows = [t for group in self.delivered for t in group.trajectories]
         tokens = sum(t.response_length for t in rows)
         figures = {
-            "train/reward": sum(t.reward or 0.0 for t in rows) / len(rows),
+            "train/reward": mean_reward(rows),
             "train/response_tokens": tokens / len(rows),
             "train/truncated_fraction": sum(t.finish_reason == "length" for t in rows) / len(rows),
+            "train/excluded_fraction": sum(t.excluded is not None for t in rows) / len(rows),
+            "train/quarantined": float(sum(t.is_quarantined for t in rows)),
             "rollout/stage_s": stats.seconds,
             "rollout/tokens_per_s": stats.tokens / max(stats.seconds, 1e-9),
             "rollout/in_flight": stats.in_flight_mean,
             "rollout/carried_over": float(stats.carried_over),
             "rollout/ready_groups": float(stats.ready_groups),
+            "rollout/dropped_groups": float(stats.dropped_groups),
             "rollout/resent_tokens": float(stats.resent_tokens),
         }
         if self._cycle_start is not None:
@@ -290,6 +334,13 @@ class TrainingStream:
             except ValueError as error:
                 raise ConfigurationError(f"{KEY}: {error}") from error
             is_open = self.delivered and not self._undivided
+            rows = [t for group in self.delivered for t in group.trajectories]
+            if is_open and self._needs_proximal and not any(t.proximal_logprobs for t in rows):
+                raise ConfigurationError(
+                    "the checkpoint was taken within a batch whose proximal log-probs were not "
+                    "computed; set model.init_args.ratio.init_args.proximal=loglinear for this "
+                    "batch, or resume from another checkpoint"
+                )
             parts = self._divide() if is_open else [[]] * self._shape.world_size
         self._micro_batches = self._exchange.scatter(parts)
 

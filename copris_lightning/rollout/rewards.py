@@ -38,7 +38,8 @@ class Prompt:
 
 Reward = Callable[[str, Prompt], Any]
 """A verifiable reward: ``reward(response, prompt)`` scores the response text (special tokens
-dropped) with a finite number. In YAML it is the ``class_path`` of a class with a ``__call__``.
+dropped) with a number. ``None``, NaN and infinities say that there is no verdict: the trajectory is
+quarantined. In YAML it is the ``class_path`` of a class with a ``__call__``.
 
 A plain function or ``__call__`` runs in a worker process, which has a copy of its own; an
 ``async`` one (a judge behind a network, say) is awaited on the rollout's event loop.
@@ -111,6 +112,12 @@ class RewardScorer:
         self._workers = workers
         self._pool: _RewardProcesses | None = None
 
+    @property
+    def name(self) -> str:
+        """The reward's class or function, for messages."""
+        reward: Any = self._reward
+        return str(getattr(reward, "__qualname__", type(reward).__qualname__))
+
     async def start(self) -> None:
         """Start the worker processes and have them import the reward, so that the first stage does
         not go on past its end while the first rewards wait for that."""
@@ -122,7 +129,7 @@ class RewardScorer:
             )
 
     async def __call__(self, response: str, prompt: Prompt) -> float:
-        """The reward of one response.
+        """The reward of one response; NaN where the reward returned ``None``.
 
         Raises:
             RewardError: names the prompt; its cause is the reward's own error.
@@ -139,15 +146,14 @@ class RewardScorer:
                     f"data.init_args.reward_timeout_s={self._timeout_s}"
                 ) from error
             raise RewardError(f"the reward of prompt {prompt.id!r} raised {error!r}") from error
+        if value is None:
+            return math.nan
         try:
-            reward = float(value)
+            return float(value)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise RewardError(
                 f"the reward of prompt {prompt.id!r} returned {value!r}, not a number"
             ) from error
-        if not math.isfinite(reward):
-            raise RewardError(f"the reward of prompt {prompt.id!r} returned {reward}")
-        return reward
 
     async def _call(self, response: str, prompt: Prompt) -> Any:
         if self._is_async:

@@ -44,7 +44,8 @@ class PromptQueue(Protocol):
 
 Scorer = Callable[[str, Prompt], Awaitable[float]]
 Decoder = Callable[[Sequence[int]], str]
-EventKind = Literal["start", "resume", "chunk", "finish", "score", "carry_over", "deliver"]
+Accept = Callable[[PromptGroup], bool]
+EventKind = Literal["start", "resume", "chunk", "finish", "score", "drop", "carry_over", "deliver"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,8 @@ class Event:
         kind: what happened.
         time: seconds on the event loop's clock.
         in_flight: trajectories in flight right after it.
-        key: the trajectory, or ``None`` for ``deliver``.
+        key: the trajectory (for ``drop``, the one whose score completed the group), or ``None``
+            for ``deliver``.
         tokens: tokens of a chunk; of the whole prefix for ``start`` and ``resume``.
     """
 
@@ -76,6 +78,7 @@ class StageStats:
         resent_tokens: response tokens sent again as prefix when trajectories resumed.
         carried_over: trajectories left unfinished at the end.
         ready_groups: complete groups left for the next batch.
+        dropped_groups: complete groups that were not accepted, since the stage before ended.
         in_flight_mean: time average of trajectories in flight.
     """
 
@@ -84,6 +87,7 @@ class StageStats:
     resent_tokens: int
     carried_over: int
     ready_groups: int
+    dropped_groups: int
     in_flight_mean: float
 
 
@@ -99,6 +103,8 @@ class RolloutScheduler:
         temperature: of the sampling distribution.
         seed: of the requests' seeds.
         name: begins every request id, so that two schedulers can share an engine.
+        accept: whether a complete group may be trained on; one that may not is dropped, and a
+            fresh prompt takes its place. What it raises ends the stage.
         observer: called with every :class:`Event`; must not block.
     """
 
@@ -113,6 +119,7 @@ class RolloutScheduler:
         temperature: float = 1.0,
         seed: int = 0,
         name: str = "train",
+        accept: Accept = lambda group: True,
         observer: Callable[[Event], None] = lambda event: None,
     ) -> None:
         self.engine = engine
@@ -124,6 +131,8 @@ class RolloutScheduler:
         self._temperature = temperature
         self._seed = seed
         self._name = name
+        self._accept = accept
+        self._dropped = 0
         self._generating: dict[Key, asyncio.Task[None]] = {}
         self._scoring: dict[Key, asyncio.Task[None]] = {}
         self._failure: BaseException | None = None
@@ -142,7 +151,8 @@ class RolloutScheduler:
         Raises:
             EngineError: the engine failed; names the prompt.
             RewardError: a reward failed; names the prompt.
-            RolloutError: the prompts are used up before the batch is full.
+            RolloutError: the prompts are used up before the batch is full, or too many groups in
+                a row were dropped.
         """
         self.buffer.advance(self.engine.version)
         self._clock = _StageClock(asyncio.get_running_loop().time())
@@ -161,11 +171,13 @@ class RolloutScheduler:
                     )
                 self._wake.clear()
                 await self._wake.wait()
+            self._raise_failure()
         finally:
             await self._halt()
         groups = self.buffer.deliver()
         self._emit("deliver")
-        return groups, self._clock.stats(self.buffer)
+        dropped, self._dropped = self._dropped, 0
+        return groups, self._clock.stats(self.buffer, dropped)
 
     async def close(self) -> None:
         """Cancel what is still being generated or scored. The buffer keeps what it has."""
@@ -263,10 +275,25 @@ class RolloutScheduler:
         trajectory = self.buffer.trajectory(key)
         prompt = self.prompts.prompt(self.buffer.group(key[0]).prompt_index)
         reward = await self._scorer(self._decode(trajectory.response_token_ids), prompt)
-        self.buffer.score(key, reward)
+        is_complete = self.buffer.score(key, reward)
         self._emit("score", key)
+        if is_complete:
+            self._filter(key)
         if self.buffer.can_deliver():
             self._stopping = True  # nothing is started for a stage that is about to end
+
+    def _filter(self, key: Key) -> None:
+        """Drop a complete group that is not accepted, and start something in its place."""
+        accepted = False
+        try:
+            accepted = self._accept(self.buffer.group(key[0]))
+        finally:
+            if not accepted:
+                self.buffer.evict(key[0])
+                self._dropped += 1
+                self._emit("drop", key)
+        if not accepted:
+            self._fill()
 
     # -- ending a stage --------------------------------------------------------------------
 
@@ -321,7 +348,7 @@ class _StageClock:
     def end(self, now: float) -> None:
         self._end = now
 
-    def stats(self, buffer: CarryOverBuffer) -> StageStats:
+    def stats(self, buffer: CarryOverBuffer, dropped_groups: int) -> StageStats:
         seconds = self._end - self._start
         return StageStats(
             seconds=seconds,
@@ -329,5 +356,6 @@ class _StageClock:
             resent_tokens=self.resent_tokens,
             carried_over=buffer.count(Status.CARRIED_OVER),
             ready_groups=buffer.ready_groups,
+            dropped_groups=dropped_groups,
             in_flight_mean=self._area / seconds if seconds > 0 else 0.0,
         )

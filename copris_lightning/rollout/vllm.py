@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 _SHUTDOWN_S = 20.0
 """How long the engine's processes may take to end by themselves, in seconds."""
 
+TRAINER_VARIABLE = "COPRIS_TRAINER"
+"""Tells the engine's processes of the trainer: its host, its process id, and how the paths of the
+directories begin through which it hands over weights; separated by bars."""
+
 _OWN_ENGINE_ARGS = {
     "model": "model.init_args.model",
     "logprobs_mode": "nothing: behaviour log-probs must be those of the sampled distribution",
@@ -137,16 +141,10 @@ class VLLMEngine:
             "worker_extension_cls": self.worker_extension,
         }
         try:
-            with _environment(self.environment):
+            hand_over = str(self._hand_over_parent / self._prefix)
+            trainer = f"{socket.gethostname()}|{os.getpid()}|{hand_over}"
+            with _environment({**self.environment, TRAINER_VARIABLE: trainer}):
                 self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-            await self._llm.collective_rpc(
-                "end_with_trainer",
-                args=(
-                    socket.gethostname(),
-                    os.getpid(),
-                    str(self._hand_over_parent / self._prefix),
-                ),
-            )
         except (ValueError, RuntimeError, OSError) as error:
             await self.close()
             raise EngineError(f"vLLM did not start: {error}") from error

@@ -18,6 +18,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from copris_lightning.rollout.vllm import TRAINER_VARIABLE
+
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Worker
 else:
@@ -26,35 +28,6 @@ else:
 
 class CoprisWorkerExtension(_Worker):
     """Methods that vLLM mixes into its worker class (``worker_extension_cls``)."""
-
-    def end_with_trainer(self, host: str, trainer_pid: int, hand_over: str) -> None:
-        """Watch the trainer from a daemon thread: if it is killed, leave nothing behind.
-
-        Args:
-            host: the trainer's.
-            trainer_pid: its process.
-            hand_over: how the paths of the directories begin through which it sends weights.
-        """
-        if socket.gethostname() != host:
-            return  # another machine's process table says nothing about the trainer
-        core_pid = os.getppid()  # the engine's core, or the trainer itself
-        try:
-            trainer: psutil.Process | None = psutil.Process(trainer_pid)
-        except psutil.NoSuchProcess:
-            trainer = None
-
-        def watch() -> None:
-            while trainer is not None and _is_alive(trainer):
-                time.sleep(1.0)
-            # Killed with SIGKILL, the trainer could tell no one: drop weights it was sending, end
-            # the engine's core, then this process.
-            for directory in glob.glob(f"{glob.escape(hand_over)}*"):
-                shutil.rmtree(directory, ignore_errors=True)
-            if os.getppid() == core_pid != trainer_pid:
-                os.kill(core_pid, signal.SIGKILL)
-            os._exit(1)
-
-        threading.Thread(target=watch, name="copris-trainer-watch", daemon=True).start()
 
     def load_trainer_weights(self, path: str) -> None:
         """Load a safetensors file of full tensors under checkpoint names."""
@@ -139,3 +112,39 @@ def _is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def _end_with_trainer(host: str, trainer_pid: int, hand_over: str) -> None:
+    """Watch the trainer from a daemon thread: if it is killed, leave nothing behind.
+
+    Args:
+        host: the trainer's.
+        trainer_pid: its process.
+        hand_over: how the paths of the directories begin through which it sends weights.
+    """
+    if socket.gethostname() != host or os.getpid() == trainer_pid:
+        return  # another machine's process table says nothing about the trainer
+    core_pid = os.getppid()  # the engine's core, or the trainer itself
+    try:
+        trainer: psutil.Process | None = psutil.Process(trainer_pid)
+    except psutil.NoSuchProcess:
+        trainer = None
+
+    def watch() -> None:
+        while trainer is not None and _is_alive(trainer):
+            time.sleep(1.0)
+        # Killed with SIGKILL, the trainer could tell no one: drop weights it was sending, end
+        # the engine's core, then this process.
+        for directory in glob.glob(f"{glob.escape(hand_over)}*"):
+            shutil.rmtree(directory, ignore_errors=True)
+        if os.getppid() == core_pid != trainer_pid:
+            os.kill(core_pid, signal.SIGKILL)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="copris-trainer-watch", daemon=True).start()
+
+
+# A worker imports this module as soon as it starts: the trainer may be killed while it boots.
+if TRAINER_VARIABLE in os.environ:
+    _host, _pid, _prefix = os.environ[TRAINER_VARIABLE].split("|")
+    _end_with_trainer(_host, int(_pid), _prefix)

@@ -1,5 +1,7 @@
 """Partitions are optimal and complete; padded batches point at the right tokens."""
 
+import math
+from dataclasses import fields
 from itertools import combinations, pairwise
 
 import pytest
@@ -8,12 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copris_lightning.core.batching import (
+    NO_TOTALS,
+    MicroBatch,
     collate,
     forward_cost,
     length_mask,
     partition,
     split_by_tokens,
 )
+from copris_lightning.core.normalization import UpdateTotals
 from copris_lightning.core.trajectory import Segment, Trajectory
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
@@ -28,7 +33,7 @@ def dearest(parts, lengths, cost):
     return max(len(part) * cost(max(lengths[i] for i in part)) for part in parts)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(LENGTHS, COSTS, st.data())
 def test_a_partition_is_complete_and_its_dearest_part_as_cheap_as_any_cut(lengths, cost, data):
     parts = data.draw(st.integers(1, len(lengths)))
@@ -115,7 +120,7 @@ def test_a_length_mask_is_true_below_each_length(lengths, size):
 @st.composite
 def trajectories(draw):
     """Rows of few token ids, so that the padding's value occurs everywhere in them."""
-    rows = []
+    rows, recomputed = [], draw(st.booleans())
     for i in range(draw(st.integers(1, 5))):
         prompt = draw(st.lists(st.integers(0, 2), min_size=1, max_size=6))
         t = Trajectory(i, 0, f"p{i}", tuple(prompt), 100)
@@ -127,37 +132,128 @@ def trajectories(draw):
             t.segments.append(Segment(version, tokens, draw(values), draw(values)))
             version += draw(st.integers(1, 2))
         t.advantage = draw(st.none() | st.floats(-2, 2, width=32))
+        t.excluded = draw(st.sampled_from([None, None, "truncated", "its reward is nan"]))
+        n = t.response_length if recomputed else 0
+        t.proximal_logprobs = draw(st.lists(st.floats(-9, 0, width=32), min_size=n, max_size=n))
         rows.append(t)
     return rows
 
 
-@settings(max_examples=150, deadline=None)
+TOTALS = UpdateTotals(trajectories=7, tokens=33, max_new_tokens=100)
+
+
+@settings(max_examples=100, deadline=None)
 @given(trajectories(), st.sampled_from(["engine", "trainer", None]))
 def test_every_field_of_a_padded_batch_is_aligned_with_its_tokens(rows, source):
-    batch = collate(rows, source=source, policy_version=9, temperature=0.7, update_tokens=33)
+    batch = collate(
+        rows,
+        source=source,
+        policy_version=9,
+        temperature=0.7,
+        totals=TOTALS,
+        quarantine_limit=2,
+    )
     longest = max(len(t.prompt_token_ids) + t.response_length for t in rows)
     width = max(1, *(t.response_length for t in rows))
     assert batch.input_ids.shape == (len(rows), longest)
     assert batch.behavior_logprobs.shape == batch.versions.shape == (len(rows), width)
-    assert (batch.policy_version, batch.temperature, batch.update_tokens) == (9, 0.7, 33)
+    assert (batch.policy_version, batch.temperature) == (9, 0.7)
+    assert (batch.totals, batch.quarantine_limit) == (TOTALS, 2)
     assert (batch.is_last, batch.metrics) == (False, {})
+    assert batch.names == [t.name for t in rows]
+    assert (batch.mismatch is None) == (source != "trainer")
+    known = all(len(t.proximal_logprobs) == t.response_length for t in rows)
+    assert (batch.proximal_logprobs is not None) == known
     for i, t in enumerate(rows):
         prompt, n = len(t.prompt_token_ids), t.response_length
         sequence = [*t.prompt_token_ids, *t.response_token_ids]
+        padding = [0.0] * (width - n)
         assert batch.input_ids[i].tolist() == sequence + [0] * (longest - len(sequence))
         assert (batch.prompt_lengths[i], batch.response_lengths[i]) == (prompt, n)
         assert batch.lengths[i] == prompt + n
         assert batch.attention_mask[i].tolist() == [1] * (prompt + n) + [0] * (longest - prompt - n)
         assert batch.response_mask[i].tolist() == [True] * n + [False] * (width - n)
+        assert batch.included[i] == (t.excluded is None)
+        counts = [t.excluded is None] * n + [False] * (width - n)
+        assert batch.loss_mask[i].tolist() == counts
         positions = batch.response_positions[i]
         assert batch.input_ids[i][positions][:n].tolist() == t.response_token_ids
         assert positions[:n].tolist() == list(range(prompt, prompt + n))
         assert positions.max() < longest
         values = t.behavior_logprobs(source) if source else [0.0] * n
-        assert batch.behavior_logprobs[i].tolist() == values + [0.0] * (width - n)
+        assert batch.behavior_logprobs[i].tolist() == values + padding
         assert batch.versions[i].tolist() == t.versions + [0] * (width - n)
         assert batch.lags[i].tolist() == [9 - v for v in t.versions] + [0] * (width - n)
         assert batch.advantages[i] == (t.advantage or 0.0)
+        if source == "trainer":
+            pairs = zip(t.behavior_logprobs("trainer"), t.behavior_logprobs("engine"), strict=True)
+            expected = torch.tensor([a - b for a, b in pairs], dtype=torch.float32).tolist()
+            assert batch.mismatch[i].tolist() == expected + padding
+        if known:
+            assert batch.proximal_logprobs[i].tolist() == t.proximal_logprobs + padding
+
+
+def test_the_mismatch_is_of_the_trainer_over_the_engine_and_subtracted_in_double():
+    """Log-probs of -60 that differ by 1e-6 are one and the same number in single precision."""
+    row = Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3, 4], [-60.0, -1.0], [-60.000001, -0.5])])
+    batch = collate([row], source="trainer")
+    assert batch.mismatch.dtype is torch.float32
+    assert batch.mismatch[0].tolist() == pytest.approx([-1e-6, 0.5], rel=1e-5)
+    assert torch.tensor(-60.000001) == torch.tensor(-60.0)
+
+
+def test_proximal_logprobs_are_there_only_if_every_trajectory_has_them():
+    rows = [
+        Trajectory(i, 0, "p", (1,), 9, [Segment(0, [3] * (i + 1), [-1.0] * (i + 1))])
+        for i in range(2)
+    ]
+    rows[1].proximal_logprobs = [-0.5, -0.25]
+    assert collate(rows, source="engine").proximal_logprobs is None
+    rows[0].proximal_logprobs = [-2.0]
+    batch = collate(rows, source="engine")
+    assert batch.proximal_logprobs.dtype is torch.float32
+    assert batch.proximal_logprobs.tolist() == [[-2.0, 0.0], [-0.5, -0.25]]
+
+
+@settings(max_examples=100, deadline=None)
+@given(trajectories(), st.sampled_from(["engine", "trainer"]), st.data())
+def test_some_rows_of_a_batch_are_those_of_the_whole(rows, source, data):
+    batch = collate(rows, source=source, policy_version=9, temperature=0.7, totals=TOTALS)
+    batch.is_last, batch.metrics = True, {"rollout/length": 3.0}
+    keep = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    chosen = [i for i, kept in enumerate(keep) if kept]
+    some = batch.rows(torch.tensor(keep))
+    assert type(some) is MicroBatch
+    for field in fields(MicroBatch):
+        before, after = getattr(batch, field.name), getattr(some, field.name)
+        if field.name == "names":
+            assert after == [before[i] for i in chosen]
+        elif isinstance(before, torch.Tensor):
+            assert torch.equal(after, before[chosen]), field.name
+        else:
+            assert after == before, field.name
+    for name in ("lags", "loss_mask", "response_mask", "attention_mask", "response_positions"):
+        assert torch.equal(getattr(some, name), getattr(batch, name)[chosen]), name
+    assert len(batch.names) == len(rows)
+
+
+def test_a_batch_that_is_not_trained_on_has_no_totals_and_no_advantage():
+    row = Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3], [-1.0])])
+    batch = collate([row], source=None)
+    assert batch.totals == NO_TOTALS == UpdateTotals(0, 0, 1)
+    assert batch.advantages.tolist() == [0.0]
+    assert batch.quarantine_limit == 0
+
+
+def test_what_is_not_finite_stays_in_its_own_row():
+    """A quarantined trajectory travels with its batch, and counts for nothing."""
+    good = Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3], [-1.0], [-1.5])])
+    bad = Trajectory(1, 0, "q", (1,), 9, [Segment(0, [3, 4], [math.nan, -1.0], [-math.inf, -1.0])])
+    bad.excluded = bad.not_finite()
+    batch = collate([good, bad], source="trainer")
+    assert batch.loss_mask.tolist() == [[True, False], [False, False]]
+    assert batch.mismatch[0].tolist() == [-0.5, 0.0]
+    assert torch.isfinite(batch.behavior_logprobs[batch.loss_mask]).all()
 
 
 def test_a_last_token_equal_to_the_padding_is_still_trained():

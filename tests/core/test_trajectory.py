@@ -1,13 +1,14 @@
 """Trajectories are append-only, and their parallel fields stay parallel."""
 
 import json
+import math
 from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from copris_lightning.core.trajectory import PromptGroup, Segment, Trajectory
+from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Segment, Trajectory
 
 LIMIT = 12
 
@@ -173,6 +174,8 @@ def test_a_saved_trajectory_comes_back_equal_and_shares_nothing(response, scored
     trajectory.set_trainer_logprobs([-0.25] * len(response[:scored]))
     append_in_chunks(trajectory, response[scored:])
     trajectory.finish_reason, trajectory.reward, trajectory.advantage = reason, reward, reward
+    trajectory.excluded = None if reason == "stop" else "truncated"
+    trajectory.proximal_logprobs = [-0.5] * len(response)
     state = trajectory.state_dict()
     for loaded in (Trajectory.from_state(state), Trajectory.from_state(json_copy(state))):
         assert loaded == trajectory
@@ -183,6 +186,67 @@ def test_a_saved_trajectory_comes_back_equal_and_shares_nothing(response, scored
             segment.trainer_logprobs.append(-1.0)
     assert trajectory.state_dict() == state
     assert Trajectory.from_state(state) == trajectory
+
+
+def test_a_trajectory_saved_before_it_knew_of_exclusion_is_still_read():
+    state = make().state_dict()
+    del state["proximal_logprobs"], state["excluded"]
+    assert Trajectory.from_state(state) == make()
+
+
+def test_only_what_is_not_finite_is_quarantined():
+    trajectory = make()
+    assert not trajectory.is_quarantined
+    trajectory.excluded = TRUNCATED
+    assert not trajectory.is_quarantined
+    trajectory.excluded = "its reward is nan"
+    assert trajectory.is_quarantined
+
+
+NOT_FINITE = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+
+
+def scored():
+    """Three tokens of two versions, all of it finite."""
+    trajectory = make()
+    trajectory.append([1, 2], [-1.0, -2.0], 0)
+    trajectory.append([3], [-3.0], 1)
+    trajectory.set_trainer_logprobs([-1.5, -2.5, -3.5])
+    trajectory.proximal_logprobs = [-0.5, -0.25, -0.125]
+    trajectory.reward = 1.0
+    return trajectory
+
+
+def test_a_trajectory_of_finite_numbers_is_finite():
+    assert scored().not_finite() is None
+    assert make().not_finite() is None  # neither scored nor rewarded yet
+
+
+def test_its_name_tells_it_from_every_other():
+    assert make().name == "trajectory 1 of prompt 'p' (group 4)"
+
+
+@NOT_FINITE
+def test_a_reward_that_is_not_finite_is_named(value):
+    trajectory = scored()
+    trajectory.reward = value
+    assert trajectory.not_finite() == f"its reward is {value}"
+
+
+@NOT_FINITE
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_a_logprob_that_is_not_finite_is_named_with_whose_it_is_and_where(position, value):
+    """Positions count through the whole response, over all segments."""
+    segment, offset = divmod(position, 2)
+    for field, whose in (("logprobs", "the engine's"), ("trainer_logprobs", "the trainer's")):
+        trajectory = scored()
+        getattr(trajectory.segments[segment], field)[offset] = value
+        expected = f"{whose} log-prob of token {position} is {value}"
+        assert trajectory.not_finite() == expected
+    trajectory = scored()
+    trajectory.proximal_logprobs[position] = value
+    expected = f"the proximal policy's log-prob of token {position} is {value}"
+    assert trajectory.not_finite() == expected
 
 
 def json_copy(state):

@@ -7,14 +7,21 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from copris_lightning.core.advantage import group_relative
-from copris_lightning.core.losses import ClippedPolicyLoss
-from copris_lightning.core.trajectory import PromptGroup, Segment, Trajectory
-from copris_lightning.datamodules.batches import BatchShape, divide, sequence_length, set_advantages
+from copris_lightning.core.estimator import PolicyGradient
+from copris_lightning.core.normalization import NORMALIZATIONS
+from copris_lightning.core.ratios import TokenTerms
+from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Segment, Trajectory
+from copris_lightning.datamodules.batches import BatchShape, divide, sequence_length
 from copris_lightning.errors import ConfigurationError
 
 VOCAB, WIDTH = 40, 4
-OPTIONS = {"source": "engine", "policy_version": 6, "temperature": 0.8, "metrics": {"a/b": 1.5}}
+OPTIONS = {
+    "source": "engine",
+    "policy_version": 6,
+    "temperature": 0.8,
+    "max_new_tokens": 99,
+    "metrics": {"a/b": 1.5},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,12 +45,11 @@ def make_groups(count, size, seed):
                 n = rng.choice([1, 2, 3, 9])
                 tokens = [rng.randrange(6) for _ in range(n)]
                 t.append(tokens, [-rng.random() * 5 for _ in tokens], version)
-            t.reward = rng.choice([0.0, 0.5, 1.0])
+            t.advantage = rng.choice([-1.0, 0.0, 0.5, 1.0])
             rows.append(t)
         # An update without any token to train on would have no mean.
         rows[0].append([2, 0], [-3.0, -1.5], 4)
         groups.append(PromptGroup(g, g, rows, 0))
-    set_advantages(groups, normalize_std=True)
     return groups
 
 
@@ -99,7 +105,7 @@ def test_each_update_has_whole_groups_and_the_token_count_of_all_its_ranks(probl
         assert len(rows) == len(ids) * len(groups[0].trajectories)
         seen |= ids
         tokens = sum(t.response_length for t in rows)
-        assert {b.update_tokens for b in micro_batches} == {tokens}
+        assert {b.totals for b in micro_batches} == {(len(rows), tokens, 99)}
         assert sum(int(b.response_mask.sum()) for b in micro_batches) == tokens
     shares = [len(rows_of(groups, m)) for m in updates_of(ranks, shape)]
     assert max(shares) - min(shares) <= len(groups[0].trajectories)
@@ -159,19 +165,20 @@ def test_the_behaviour_is_taken_from_the_source_asked_for():
     assert (batch.behavior_logprobs[batch.response_mask] == -0.25).all()
 
 
-def test_advantages_go_to_the_trajectories_that_earned_them():
-    groups = make_groups(2, 3, seed=0)
-    for group, rewards in zip(groups, [[0.1, 0.1, 0.1], [1.0, 0.0, 0.5]], strict=True):
-        for t, reward in zip(group.trajectories, rewards, strict=True):
-            t.reward = reward
-    for normalize in (True, False):
-        set_advantages(groups, normalize_std=normalize)
-        expected = group_relative(torch.tensor([[1.0, 0.0, 0.5]]), normalize_std=normalize)
-        assert [t.advantage for t in groups[0].trajectories] == [0.0] * 3
-        assert [t.advantage for t in groups[1].trajectories] == expected[0].tolist()
-    groups[1].trajectories[0].reward = None
-    with pytest.raises(ValueError, match="not scored"):
-        set_advantages(groups, normalize_std=True)
+def test_excluded_trajectories_are_left_out_unless_a_micro_batch_would_be_empty():
+    groups = make_groups(2, 4, seed=1)
+    rows = [t for g in groups for t in g.trajectories]
+    for t in rows[:5]:
+        t.excluded = TRUNCATED
+    kept = sum(t.response_length for t in rows[5:])
+    for micro_batches, count in ((1, 3), (3, 3), (4, 4), (8, 8)):
+        shape = BatchShape(1, 1, micro_batches, hidden_size=16)
+        (rank,) = divide(groups, shape, **OPTIONS, seed=0)
+        assert len(rank) == micro_batches
+        assert sum(len(b.included) for b in rank) == count
+        assert sum(int(b.included.sum()) for b in rank) == 3
+        assert {b.totals for b in rank} == {(3, kept, 99)}
+        assert sum(int(b.loss_mask.sum()) for b in rank) == kept
 
 
 @pytest.mark.parametrize(
@@ -225,15 +232,21 @@ def logits(parameters, input_ids):
     return torch.tanh(embedding[input_ids].cumsum(-2) / 3) @ head
 
 
-def micro_batch_loss(parameters, batch):
+def token_losses(now, behavior, advantages, mask, lags):
+    return PolicyGradient()(TokenTerms(now, behavior, advantages, mask, lags)).loss
+
+
+def micro_batch_loss(parameters, batch, normalization="token_mean"):
     positions = batch.response_positions
     # A lone prompt token without a response has nothing before it; its place is padding.
     before = (positions - 1).clamp(min=0)
     predictors = logits(parameters, batch.input_ids).log_softmax(-1)
     at = predictors.gather(1, before[:, :, None].expand(-1, -1, VOCAB))
     now = at.gather(2, batch.input_ids.gather(1, positions)[:, :, None]).squeeze(2)
-    loss = ClippedPolicyLoss()(now, batch.behavior_logprobs, batch.advantages[:, None]).loss
-    return torch.where(batch.response_mask, loss, 0.0).sum() / batch.update_tokens
+    advantages = batch.advantages[:, None]
+    loss = token_losses(now, batch.behavior_logprobs, advantages, batch.loss_mask, batch.lags)
+    weights = NORMALIZATIONS[normalization](batch.response_lengths, batch.totals)
+    return (loss.sum(1) * weights).sum()
 
 
 def whole_loss(parameters, rows):
@@ -245,7 +258,11 @@ def whole_loss(parameters, rows):
         predictors = logits(parameters, sequence[None])[0].log_softmax(-1)
         now = predictors[start - 1 : -1].gather(1, sequence[start:, None])[:, 0]
         behavior = torch.tensor(t.behavior_logprobs("engine"))
-        total = total + ClippedPolicyLoss()(now, behavior, torch.tensor(t.advantage)).loss.sum()
+        mask = torch.ones(1, len(now), dtype=torch.bool)
+        losses = token_losses(
+            now[None], behavior[None], torch.tensor([[t.advantage]]), mask, mask.long()
+        )
+        total = total + losses.sum()
     return total / sum(t.response_length for t in rows)
 
 

@@ -20,6 +20,11 @@ GOOD = {
     "score_batch_tokens": 1024,
     "val_samples": 1,
     "val_temperature": 1.0,
+    "truncated": "train",
+    "overlong_cushion": 0.0,
+    "drop_zero_variance": False,
+    "max_dropped_groups": None,
+    "max_quarantined": 0.25,
     "seed": 0,
 }
 
@@ -47,6 +52,11 @@ def settings(**changes):
         ("temperature", -1.0, "above 0"),
         ("temperature", float("nan"), "above 0"),
         ("val_temperature", 0.0, "above 0"),
+        ("truncated", "drop", "must be train or mask"),
+        ("overlong_cushion", 1.5, "between 0 and 1"),
+        ("overlong_cushion", float("nan"), "between 0 and 1"),
+        ("max_quarantined", -0.1, "between 0 and 1"),
+        ("max_dropped_groups", 0, "at least 1"),
         ("behavior_logprobs", "trainr", "must be trainer or engine"),
     ],
 )

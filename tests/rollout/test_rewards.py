@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import multiprocessing
 import os
 import sys
@@ -111,13 +112,11 @@ def test_an_exception_in_a_worker_names_the_prompt_and_is_the_cause(scorer):
 @pytest.mark.parametrize(
     ("response", "says"),
     [
-        ("none", "returned None, not a number"),
         ("text", "returned 'good', not a number"),
         ("list", r"returned \[1.0, 0.0\], not a number"),
-        ("nan", "returned nan"),
     ],
 )
-def test_what_is_no_finite_number_is_an_error_that_shows_it(scorer, response, says):
+def test_what_is_no_number_is_an_error_that_shows_it(scorer, response, says):
     with pytest.raises(RewardError, match=f"prompt 'sum-7' {says}"):
         score(scorer, response)
 
@@ -219,17 +218,27 @@ def test_a_timeout_of_the_rewards_own_is_not_taken_for_the_limit(loop):
 
 
 @pytest.mark.parametrize(
-    "value", [None, "good", "", [1.0], {}, 1j, 10**400], ids=lambda value: repr(value)[:12]
+    "value", ["good", "", [1.0], {}, 1j, 10**400], ids=lambda value: repr(value)[:12]
 )
 def test_a_value_that_is_no_number_is_a_reward_error(loop, value):
     with pytest.raises(RewardError, match=r"'sum-7' returned .*, not a number"):
         loop.run_until_complete(RewardScorer(AsyncReward(value))("x", PROMPT))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_number_that_is_not_finite_is_a_reward_error(loop, value):
-    with pytest.raises(RewardError, match=f"'sum-7' returned {value}"):
-        loop.run_until_complete(RewardScorer(AsyncReward(value))("x", PROMPT))
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf"), float("-inf")])
+def test_no_verdict_is_passed_on_for_the_trajectory_to_be_quarantined(loop, value):
+    reward = loop.run_until_complete(RewardScorer(AsyncReward(value))("x", PROMPT))
+    assert not math.isfinite(reward)
+    assert reward == value or math.isnan(reward)
+
+
+def test_a_worker_passes_no_verdict_on_too(scorer):
+    assert math.isnan(score(scorer, "none"))
+    assert math.isnan(score(scorer, "nan"))
+
+
+def test_a_scorer_is_named_after_its_reward():
+    assert RewardScorer(AsyncReward(1.0)).name == "AsyncReward"
 
 
 @pytest.mark.parametrize("value", [1, True, 0.0, -2.5])

@@ -1,0 +1,165 @@
+"""From rewards to advantages: quarantine, truncation and the soft penalty."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from copris_lightning.core.advantage import dr_grpo, grpo, rloo
+from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Segment, Trajectory
+from copris_lightning.datamodules.credit import mean_reward, quarantine, set_advantages
+from copris_lightning.datamodules.settings import RolloutSettings
+from copris_lightning.errors import ConfigurationError, QuarantineError
+
+SETTINGS = RolloutSettings(
+    cap=8,
+    batch_groups=2,
+    group_size=4,
+    max_prompt_tokens=8,
+    max_new_tokens=10,
+    temperature=1.0,
+    behavior_logprobs="engine",
+    max_staleness=None,
+    updates_per_batch=1,
+    score_batch_tokens=100,
+    val_samples=1,
+    val_temperature=1.0,
+    truncated="train",
+    overlong_cushion=0.0,
+    drop_zero_variance=False,
+    max_dropped_groups=None,
+    max_quarantined=0.25,
+    seed=0,
+)
+
+
+def group(rewards, lengths=None, group_id=0):
+    lengths = lengths or [4] * len(rewards)
+    rows = []
+    for i, (reward, n) in enumerate(zip(rewards, lengths, strict=True)):
+        segment = Segment(0, [5] * n, [-1.0] * n)
+        finish = "length" if n == SETTINGS.max_new_tokens else "stop"
+        rows.append(Trajectory(group_id, i, f"p{group_id}", (7,), 10, [segment], finish, reward))
+    return PromptGroup(group_id, group_id, rows, 0)
+
+
+def advantages(group):
+    return [t.advantage for t in group.trajectories]
+
+
+@pytest.mark.parametrize("advantage", [grpo, dr_grpo, rloo])
+def test_advantages_go_to_the_trajectories_that_earned_them(advantage):
+    groups = [group([0.1, 0.1, 0.1, 0.1]), group([1.0, 0.0, 0.5, 0.0], group_id=1)]
+    quarantine(groups, 0.0)
+    set_advantages(groups, advantage, SETTINGS)
+    assert advantages(groups[0]) == [0.0] * 4
+    expected = advantage(torch.tensor([[1.0, 0.0, 0.5, 0.0]], dtype=torch.float64))[0]
+    assert advantages(groups[1]) == expected.tolist()
+    groups[1].trajectories[0].reward = None
+    with pytest.raises(AssertionError):
+        set_advantages(groups, advantage, SETTINGS)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf]), min_size=2, max_size=6))
+def test_the_rest_of_a_group_is_compared_without_its_quarantined(rewards):
+    one = group(rewards)
+    quarantine([one], 1.0)
+    set_advantages([one], dr_grpo, SETTINGS)
+    finite = [r for r in rewards if math.isfinite(r)]
+    for t in one.trajectories:
+        if not math.isfinite(t.reward):
+            assert t.is_quarantined
+            assert t.excluded == f"its reward is {t.reward}"
+            assert t.advantage == 0.0
+        else:
+            assert t.excluded is None
+            alone = len(finite) < 2
+            expected = 0.0 if alone else t.reward - sum(finite) / len(finite)
+            assert t.advantage == pytest.approx(expected, abs=1e-7)
+    assert mean_reward(one.trajectories) == pytest.approx(
+        sum(finite) / len(finite) if finite else math.nan, nan_ok=True
+    )
+
+
+@pytest.mark.parametrize("where", ["logprobs", "trainer_logprobs"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+def test_a_logprob_that_is_not_finite_is_quarantined_by_name(where, value):
+    one = group([0.0, 1.0, 0.0, 1.0])
+    segment = one.trajectories[2].segments[0]
+    segment.trainer_logprobs = [-1.0] * 4
+    getattr(segment, where)[1] = value
+    quarantine([one], 0.25)
+    assert [t.is_quarantined for t in one.trajectories] == [False, False, True, False]
+    assert "token 1" in one.trajectories[2].excluded
+    assert str(value) in one.trajectories[2].excluded
+
+
+def test_past_the_share_it_is_an_error_that_names_them():
+    groups = [group([math.nan, 1.0, 0.0, 1.0]), group([0.0, math.nan, math.nan, 1.0], group_id=1)]
+    quarantine(groups, 3 / 8)
+    with pytest.raises(QuarantineError) as caught:
+        quarantine(groups, 0.25)
+    for part in ("3 of the batch's 8", "max_quarantined=0.25", "'p0'", "'p1'", "reward is nan"):
+        assert part in str(caught.value)
+
+
+def test_truncated_responses_are_masked_on_demand_and_still_compared():
+    one = group([0.0, 1.0, 0.0, 1.0], [10, 4, 9, 10])
+    set_advantages([one], dr_grpo, SETTINGS)
+    assert [t.excluded for t in one.trajectories] == [None] * 4
+    before = advantages(one)
+    set_advantages([one], dr_grpo, replace(SETTINGS, truncated="mask"))
+    assert [t.excluded for t in one.trajectories] == [TRUNCATED, None, None, TRUNCATED]
+    assert advantages(one) == before
+    assert not any(t.is_quarantined for t in one.trajectories)
+
+
+def test_the_soft_penalty_changes_advantages_and_not_rewards():
+    one = group([1.0, 1.0, 1.0, 1.0], [5, 6, 8, 10])
+    set_advantages([one], dr_grpo, replace(SETTINGS, overlong_cushion=0.5))
+    shaped = [1.0, 1.0 - 0.2, 1.0 - 0.6, 0.0]
+    expected = [r - sum(shaped) / 4 for r in shaped]
+    assert advantages(one) == pytest.approx(expected, abs=1e-7)
+    assert [t.reward for t in one.trajectories] == [1.0] * 4
+
+
+@pytest.mark.parametrize(
+    "advantage",
+    [
+        lambda rewards: (rewards - rewards.mean(1, keepdim=True)) / rewards.std(1, keepdim=True),
+        lambda rewards: rewards * 1e40,
+        lambda rewards: rewards[:, :1],
+    ],
+)
+def test_an_advantage_that_is_not_finite_or_misshapen_is_refused(advantage):
+    with pytest.raises(ConfigurationError, match=r"data.init_args.advantage=.*\[1, 4\]"):
+        set_advantages([group([1.0, 1.0, 1.0, 1.0])], advantage, SETTINGS)
+
+
+def test_an_advantage_sees_all_groups_of_a_batch_at_once():
+    seen = []
+
+    def spy(rewards):
+        seen.append(rewards.tolist())
+        return dr_grpo(rewards)
+
+    groups = [group([0.0, 1.0, 0.0, 1.0], group_id=i) for i in range(3)]
+    groups[1].trajectories[2].reward = math.nan
+    quarantine(groups, 1.0)
+    set_advantages(groups, spy, SETTINGS)
+    assert seen == [[[0.0, 1.0, 1.0]], [[0.0, 1.0, 0.0, 1.0]] * 2]
+    assert advantages(groups[1]) == pytest.approx([-2 / 3, 1 / 3, 0.0, 1 / 3])
+
+
+def test_quarantining_again_forgets_what_was_mended():
+    one = group([0.0, math.nan, 0.0, 1.0])
+    quarantine([one], 1.0)
+    random.Random(0).shuffle(one.trajectories)
+    for t in one.trajectories:
+        t.reward = 0.0
+    quarantine([one], 0.0)
+    assert [t.excluded for t in one.trajectories] == [None] * 4

@@ -1,0 +1,112 @@
+"""Whole fits on the simulated engine that write down what happened, for several test files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from copris_testing import SomePrompts
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from copris_lightning import (
+    CoprisModule,
+    RolloutDataModule,
+    SimulatedEngine,
+    StalenessMonitor,
+    TrajectoryLedger,
+    WeightSync,
+)
+from copris_lightning.rollout.simulated import Faults, LengthModel
+
+
+async def parity(response: str, prompt: Any) -> float:
+    """A reward on the event loop: no processes, so that a test takes no time."""
+    return float(len(response) % 2)
+
+
+class LoggingEngine(SimulatedEngine):
+    """Writes down every sync."""
+
+    def __init__(self, log: list[str], **kwargs: Any) -> None:
+        super().__init__(LengthModel(median=12, sigma=1.0), **kwargs)
+        self.log = log
+        self.closed = 0
+
+    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        await super().update_weights(weights, version)
+        self.log.append(f"sync {version}")
+
+    async def close(self) -> None:
+        self.closed += 1
+        await super().close()
+
+
+class LoggingModule(CoprisModule):
+    """Writes down every training step."""
+
+    log_: list[str]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log_.append("train")
+        return super().training_step(batch, batch_idx)
+
+
+def build(
+    checkpoint: Path,
+    directory: Path,
+    *,
+    lr: float = 0.1,
+    faults: Faults | None = None,
+    callbacks: Sequence[L.Callback] = (),
+    data: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    **trainer: Any,
+) -> tuple[L.Trainer, LoggingModule, RolloutDataModule, list[str]]:
+    log: list[str] = []
+    module = LoggingModule(
+        str(checkpoint), optimizer=lambda p: torch.optim.SGD(p, lr=lr), **(model or {})
+    )
+    module.log_ = log
+    settings: dict[str, Any] = {
+        "prompts": SomePrompts(24),
+        "reward": parity,
+        "cap": 12,
+        "batch_groups": 4,
+        "group_size": 2,
+        "max_prompt_tokens": 16,
+        "max_new_tokens": 48,
+        **(data or {}),
+    }
+    datamodule = RolloutDataModule(
+        str(checkpoint), engine=LoggingEngine(log, faults=faults), **settings
+    )
+    datamodule.observers.append(lambda e: log.append("collect") if e.kind == "deliver" else None)
+    options: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_steps": 6,
+        "logger": CSVLogger(directory),
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        **trainer,
+    }
+    chosen = [WeightSync(), StalenessMonitor(), TrajectoryLedger(str(directory)), *callbacks]
+    return L.Trainer(callbacks=chosen, **options), module, datamodule, log
+
+
+def ledger(directory: Path) -> list[dict[str, Any]]:
+    files = sorted((directory / "ledger").glob("batch_*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+class Parity:
+    """The same reward as a class, for configs."""
+
+    async def __call__(self, response: str, prompt: Any) -> float:
+        return await parity(response, prompt)
