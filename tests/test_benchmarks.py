@@ -1,0 +1,73 @@
+"""The staleness benchmark: its command lines are understood, and it reports what was logged."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def staleness() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("staleness", ROOT / "benchmarks" / "staleness.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_its_runs_are_command_lines_that_parse(
+    staleness: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from copris_lightning.__main__ import main
+
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **kwargs: Any) -> None:
+        commands.append(command)
+
+    monkeypatch.setattr(staleness, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    for arm in staleness.ARMS:
+        staleness.train(tmp_path, arm, 3, cap=1024, lr=5e-4, batches=30)
+        staleness.train(tmp_path, arm, 3, cap=1024, lr=5e-4, batches=30)  # done already
+    assert len(commands) == 3
+    monkeypatch.chdir(ROOT)
+    for command in commands[1:2]:  # the overlays themselves are tested elsewhere
+        assert command[1:3] == ["-m", "copris_lightning"]
+        with pytest.raises(SystemExit) as stop:
+            main([*command[3:], "--print_config"])
+        assert stop.value.code == 0
+
+
+def test_it_reports_and_draws_what_the_runs_logged(
+    staleness: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arms = {}
+    for arm, end in (("cross-stage IS", 0.8), ("sync", 0.9)):
+        curves = []
+        for seed in (0, 1):
+            target = staleness.directory(tmp_path, arm, seed)
+            target.mkdir(parents=True)
+            with (target / "metrics.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, [*staleness.METRICS, "epoch"])
+                writer.writeheader()
+                for batch in range(10):
+                    row = dict.fromkeys(staleness.METRICS[1:], 0.5) | {"epoch": 0}
+                    writer.writerow(row)
+                    if batch % 5 == 4:
+                        writer.writerow({"val/avg_at_k": end + 0.1 * seed, "epoch": 0})
+            curves.append(staleness.read(target))
+        arms[arm] = curves
+    staleness.report(arms)
+    printed = capsys.readouterr().out
+    assert "0.850 ± 0.071" in printed
+    assert "0.950 ± 0.071" in printed
+    staleness.draw(arms, tmp_path / "figure.svg")
+    assert "<svg" in (tmp_path / "figure.svg").read_text()
