@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -70,15 +71,27 @@ class Run:
         except psutil.NoSuchProcess:
             pass
 
-    def wait_for(self, text: str) -> None:
-        """Wait until the output holds the text."""
+    def wait_until(self, reached: Callable[[], bool]) -> None:
         deadline = time.monotonic() + DEADLINE_S
-        while text not in self.output():
+        while not reached():
             self.look()
             assert self.process.poll() is None, self.output()[-3000:]
             assert time.monotonic() < deadline, self.output()[-3000:]
             time.sleep(0.1)
         self.look()
+
+    def is_rolling_out(self) -> bool:
+        return "in flight" in self.output()
+
+    def is_booting(self) -> bool:
+        """The engine's core has begun to start its workers."""
+        try:
+            return any("EngineCore" in " ".join(p.cmdline()) and p.children() for p in self.alive())
+        except psutil.NoSuchProcess:
+            return False
+
+    def alive(self) -> list[psutil.Process]:
+        return [process for process in self.started.values() if is_alive(process)]
 
     def wait(self) -> int:
         deadline = time.monotonic() + DEADLINE_S
@@ -92,7 +105,7 @@ class Run:
         """No process (so no port of one) and no shared memory of the run survives it (for long)."""
         assert self.started, "no child process was ever seen"
         deadline = time.monotonic() + 20
-        while alive := {pid: p.name() for pid, p in self.started.items() if is_alive(p)}:
+        while alive := self.alive():
             assert time.monotonic() < deadline, (alive, self.output()[-3000:])
             time.sleep(0.1)
         deadline = time.monotonic() + 5
@@ -134,8 +147,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(
     tiny_checkpoint: Path, tmp_path: Path, how: str
 ) -> None:
     run = Run(command(tiny_checkpoint, "--trainer.max_steps=1000"), tmp_path)
-    # The engine's core says this when it has begun to start its workers.
-    run.wait_for("in flight" if "boots" not in how else "Initializing a V1 LLM engine")
+    run.wait_until(run.is_booting if "boots" in how else run.is_rolling_out)
     if how == "Ctrl-C":
         # As a terminal does it: the whole group gets the signal, the engine's processes too.
         os.killpg(run.process.pid, signal.SIGINT)

@@ -153,12 +153,9 @@ class Judge:
     [
         (ZeroDivisionError("oops"), "raised ZeroDivisionError"),
         ("good", "returned 'good', not a number"),
-        (None, "returned None, not a number"),
         ([1.0, 0.0], "not a number"),
-        (float("nan"), "returned nan"),
-        (float("inf"), "returned inf"),
     ],
-    ids=["raises", "string", "none", "list", "nan", "inf"],
+    ids=["raises", "string", "list"],
 )
 def test_a_failing_reward_ends_the_stage_with_cause_and_prompt(rollout, outcome, says):
     run = rollout(scorer=RewardScorer(Judge(outcome)))
