@@ -21,10 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ARMS = {
     "cross-stage IS": [],
-    "no IS": ["configs/overlays/no_is.yaml"],
-    "sync": ["configs/overlays/sync.yaml"],
+    "no IS": ["--config=configs/overlays/no_is.yaml"],
+    "sync": ["--config=configs/overlays/sync.yaml"],
+    # Without a ratio nothing is ever clipped either: this tells the two apart.
+    "IS, not clipped": [
+        '--model.init_args.loss={"class_path": "copris_lightning.ReinforceLoss", '
+        '"init_args": {"max_weight": null}}',
+    ],
 }
-"""Name of each arm, and the overlays that make it."""
+"""Name of each arm, and the arguments that make it."""
 
 Curve = dict[str, list[float]]
 METRICS = (
@@ -42,7 +47,7 @@ since short responses finish first."""
 
 def directory(runs: Path, arm: str, seed: int) -> Path:
     """Where the run of an arm and a seed logs."""
-    return runs / f"{arm.replace(' ', '_')}-{seed}"
+    return runs / f"{arm.replace(' ', '_').replace(',', '')}-{seed}"
 
 
 def train(runs: Path, arm: str, seed: int, *, cap: int, lr: float, batches: int) -> None:
@@ -53,8 +58,8 @@ def train(runs: Path, arm: str, seed: int, *, cap: int, lr: float, batches: int)
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     command = [sys.executable, "-m", "copris_lightning", "fit", "--config=configs/quickstart.yaml"]
-    command += [f"--config={overlay}" for overlay in ARMS[arm]]
     command += [
+        *ARMS[arm],
         f"--seed_everything={seed}",
         f"--data.init_args.cap={cap}",
         "--data.init_args.batch_groups=16",
@@ -97,7 +102,7 @@ def mean_and_spread(curves: list[list[float]]) -> tuple[list[float], list[float]
 
 def report(arms: dict[str, list[Curve]]) -> None:
     """Print the held-out reward at the end (last two validations) and what went with it."""
-    print(f"{'arm':<16}{'seeds':>6}{'held-out reward':>18}{'lag':>7}{'ESS':>7}{'clipped':>9}")
+    print(f"{'arm':<17}{'seeds':>6}{'held-out reward':>18}{'lag':>7}{'ESS':>7}{'clipped':>9}")
     for arm, curves in arms.items():
         ends = [statistics.fmean(c["val/avg_at_k"][-2:]) for c in curves]
         spread = statistics.stdev(ends) if len(ends) > 1 else math.nan
@@ -106,7 +111,7 @@ def report(arms: dict[str, list[Curve]]) -> None:
             for name in ("staleness/lag_mean", "is/ess", "is/clip_fraction")
         ]
         print(
-            f"{arm:<16}{len(curves):>6}{statistics.fmean(ends):>10.3f} ± {spread:.3f}"
+            f"{arm:<17}{len(curves):>6}{statistics.fmean(ends):>10.3f} ± {spread:.3f}"
             f"{others[0]:>7.2f}{others[1]:>7.3f}{others[2]:>9.4f}"
         )
 

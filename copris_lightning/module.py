@@ -9,22 +9,24 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
-from transformers import PreTrainedModel
 
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.corrections import Correction
 from copris_lightning.core.estimator import Estimate, PolicyGradient
 from copris_lightning.core.evaluation import EvaluationBatch, avg_at_k, pass_at_k
-from copris_lightning.core.logprobs import token_logprobs, token_logprobs_and_entropy
 from copris_lightning.core.losses import ClippedPolicyLoss, PolicyLoss
 from copris_lightning.core.normalization import NORMALIZATIONS, NormalizationName
 from copris_lightning.core.penalties import KLPenalty
 from copris_lightning.core.ratios import Ratio, TokenRatio, TokenTerms
 from copris_lightning.errors import ConfigurationError, QuarantineError
-from copris_lightning.pretrained import load_config, load_policy
+from copris_lightning.parallel import full_weights, shard
+from copris_lightning.policy import Policy
+from copris_lightning.pretrained import load_config, load_model
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -119,9 +121,9 @@ class CoprisModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.pass_threshold = pass_threshold
-        self.policy: PreTrainedModel | None = None
+        self.policy: Policy | None = None
         # In a list, so that its weights are neither trained nor saved nor synced.
-        self._reference: list[PreTrainedModel] = []
+        self._reference: list[Policy] = []
         self._quarantined = 0
         self.train_loss = MeanMetric()
 
@@ -129,20 +131,27 @@ class CoprisModule(L.LightningModule):
         """Load the policy; Lightning calls this in every process, before training."""
         if self.policy is not None:
             return
-        self.policy = load_policy(
-            self.model, dtype=self.dtype_name, attn_implementation=self.attn_implementation
-        )
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+            from transformers.integrations.deepspeed import HfDeepSpeedConfig
+
+            # While this object lives, from_pretrained fills weights that DeepSpeed has split.
+            self._deepspeed_config = HfDeepSpeedConfig(strategy.config)
+        self.policy = self._load(self.model, is_trained=True)
         if self.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable()
+            self.policy.model.gradient_checkpointing_enable()
+
+    def _load(self, model: str, *, is_trained: bool) -> Policy:
+        """A policy, split over ranks where that is done before training."""
+        loaded = load_model(
+            model, dtype=self.dtype_name, attn_implementation=self.attn_implementation
+        )
         # from_pretrained returns the model in eval mode, in which Lightning would leave it.
-        self.policy.train()
-        # The engine has no dropout, and a policy with it is not the one that is synced.
-        layer: Any
-        for layer in self.policy.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = 0.0
-            elif isinstance(getattr(layer, "attention_dropout", None), float):
-                layer.attention_dropout = 0.0
+        loaded.train(is_trained).requires_grad_(is_trained)
+        policy = Policy(loaded, chunk_tokens=self.logprob_chunk_tokens)
+        if self.device_mesh is not None:
+            shard(policy, loaded, self.device_mesh["data_parallel"])
+        return policy
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, if there is one, its schedule per optimizer step."""
@@ -157,55 +166,26 @@ class CoprisModule(L.LightningModule):
         self._quarantined = 0
         kl = self.estimator.kl
         if kl is not None and not self._reference:
-            reference = load_policy(
-                kl.reference or self.model,
-                dtype=self.dtype_name,
-                attn_implementation=self.attn_implementation,
-            )
-            self._reference = [reference.eval().requires_grad_(False).to(self.device)]
+            reference = self._load(kl.reference or self.model, is_trained=False)
+            self._reference = [reference.to(self.device)]
 
-    def token_logprobs(self, batch: MicroBatch) -> Tensor:
+    def forward(self, batch: MicroBatch) -> Tensor:
         """Log-probs of the response tokens under the current policy, ``[B, R]``, 0 at padding."""
         assert self.policy is not None, "configure_model() has not run"
-        hidden, targets = _predictions(self.policy, batch)
-        values = token_logprobs(
-            hidden,
-            targets,
-            self.policy.get_output_embeddings(),
-            temperature=batch.temperature,
-            chunk_tokens=self.logprob_chunk_tokens,
-        )
-        return _unflatten(values, batch)
+        logprobs, _ = self.policy(batch)
+        return cast("Tensor", logprobs)
 
     def token_terms(self, batch: MicroBatch) -> TokenTerms:
         """What the estimator needs to know of a micro-batch's tokens."""
         assert self.policy is not None, "configure_model() has not run"
-        entropy = reference = None
-        if self.log_entropy or self.estimator.entropy_coefficient:
-            hidden, targets = _predictions(self.policy, batch)
-            both = token_logprobs_and_entropy(
-                hidden,
-                targets,
-                self.policy.get_output_embeddings(),
-                temperature=batch.temperature,
-                chunk_tokens=self.logprob_chunk_tokens,
-                differentiable=self.estimator.entropy_coefficient > 0,
-            )
-            logprobs, entropy = (_unflatten(values, batch) for values in both)
-        else:
-            logprobs = self.token_logprobs(batch)
-        if self.estimator.kl is not None:
+        mode = "detached" if self.log_entropy else "none"
+        if self.estimator.entropy_coefficient:
+            mode = "differentiable"
+        logprobs, entropy = self.policy(batch, mode)
+        reference = None
+        if self._reference:
             with torch.no_grad():
-                hidden, targets = _predictions(self._reference[0], batch)
-                head = self._reference[0].get_output_embeddings()
-                values = token_logprobs(
-                    hidden,
-                    targets,
-                    head,
-                    temperature=batch.temperature,
-                    chunk_tokens=self.logprob_chunk_tokens,
-                )
-                reference = _unflatten(values, batch)
+                reference, _ = self._reference[0](batch)
         return TokenTerms(
             logprobs=logprobs,
             behavior_logprobs=batch.behavior_logprobs,
@@ -235,21 +215,23 @@ class CoprisModule(L.LightningModule):
             names of trajectories whose log-probs were not finite.
         """
         terms = self.token_terms(batch)
-        broken = ~torch.isfinite(terms.logprobs).all(dim=1)
-        if terms.reference_logprobs is not None:
-            broken |= ~torch.isfinite(terms.reference_logprobs).all(dim=1)
-        counted = (broken & batch.included).tolist()
-        quarantined = [name for name, bad in zip(batch.names, counted, strict=True) if bad]
-        if quarantined:
-            self._quarantine(batch, quarantined)
-        # Not even a loss of zero would do for these rows: its gradient is zero times NaN.
-        if broken.all():
-            loss, estimate = self._no_loss(), self.estimator(terms.without_tokens())
-        else:
-            if broken.any():
-                batch = batch.rows(~broken)
-                terms = self.token_terms(batch)
-            loss, estimate = self.policy_loss(batch, terms)
+        broken = terms.not_finite
+        # Over all ranks: with split weights, what one computes again they have to.
+        counts = torch.stack([broken.sum(), (broken & batch.included).sum()]).float()
+        any_broken, counted = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        quarantined = []
+        if any_broken:
+            flags = (broken & batch.included).tolist()
+            quarantined = [name for name, bad in zip(batch.names, flags, strict=True) if bad]
+            self._quarantine(batch, quarantined, int(counted))
+            # Not even a loss of zero would do for these rows: its gradient is zero times NaN.
+            batch = batch.placeholder() if broken.all() else batch.rows(~broken)
+            terms = self.token_terms(batch)
+            if terms.not_finite.any():
+                raise QuarantineError(
+                    f"the policy's log-probs are not finite for any input. {self._broken_weights}"
+                )
+        loss, estimate = self.policy_loss(batch, terms)
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         self.train_loss.update(loss.detach() * shares)
         if batch.is_last:
@@ -259,38 +241,61 @@ class CoprisModule(L.LightningModule):
             for name, value in batch.metrics.items():
                 self.log(name, value, rank_zero_only=True)
         estimate.loss = estimate.loss.detach()
+        if self.trainer.strategy.handles_gradient_accumulation:
+            # DeepSpeed averages over micro-batches once more.
+            loss = loss * self.trainer.accumulate_grad_batches
         return {"loss": loss * shares, "estimate": estimate, "quarantined": quarantined}
 
-    def _quarantine(self, batch: MicroBatch, names: list[str]) -> None:
-        self._quarantined += len(names)
+    def _quarantine(self, batch: MicroBatch, names: list[str], count: int) -> None:
+        """Count trajectories of all ranks; ``names`` are this rank's."""
+        self._quarantined += count
         if self._quarantined > batch.quarantine_limit:
             raise QuarantineError(
                 f"the policy's log-probs are not finite for {self._quarantined} trajectories of "
-                f"a batch, {', '.join(names)} among them; data.init_args.max_quarantined allows "
-                f"{batch.quarantine_limit}. The weights or their precision "
-                f"(model.init_args.dtype={self.dtype_name}) are broken"
+                f"a batch, {', '.join(names) or 'on another rank'} among them; "
+                f"data.init_args.max_quarantined allows {batch.quarantine_limit}. "
+                f"{self._broken_weights}"
             )
-        # On whichever rank it happens.
-        warnings.warn(
-            f"quarantined, since the policy's log-probs are not finite: {', '.join(names)}",
-            stacklevel=2,
+        if names:  # on whichever rank it happens
+            warnings.warn(
+                f"quarantined, since the policy's log-probs are not finite: {', '.join(names)}",
+                stacklevel=3,
+            )
+
+    @property
+    def _broken_weights(self) -> str:
+        return (
+            f"the weights or their precision (model.init_args.dtype={self.dtype_name}) are broken"
         )
 
-    def _no_loss(self) -> Tensor:
-        """Zero, with a gradient of zero for every parameter, whatever its values."""
-        parts = [p.nan_to_num(0.0, 0.0, 0.0).sum() * 0.0 for p in self.parameters()]
-        return torch.stack(parts).nan_to_num(0.0).sum()
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to. FSDP1's norm is only known to its root module."""
+        root = self.trainer.strategy.model
+        if isinstance(root, FullyShardedDataParallel) and gradient_clip_val is not None:
+            if gradient_clip_algorithm not in (None, "norm"):
+                raise ConfigurationError(
+                    f"trainer.gradient_clip_algorithm={gradient_clip_algorithm} cannot be had with "
+                    "trainer.strategy=fsdp; use norm"
+                )
+            root.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    @torch.no_grad()
-    def score(self, batch: MicroBatch) -> Tensor:
-        """:meth:`token_logprobs` without gradient."""
-        return self.token_logprobs(batch)
+    def named_weights(self, root: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The policy's full tensors under the checkpoint's names, tied ones once.
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's full tensors under the checkpoint's names, tied ones once."""
+        All ranks must go through all of them; see :func:`full_weights`.
+
+        Args:
+            root: what the strategy made of this module.
+        """
         assert self.policy is not None, "configure_model() has not run"
-        for name, parameter in self.policy.named_parameters():
-            yield name, parameter.detach()
+        yield from full_weights(self.policy.model, root or self)
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Log the scores of some prompts."""
@@ -313,21 +318,3 @@ class CoprisModule(L.LightningModule):
         self.log_dict(
             figures, on_epoch=True, prog_bar=True, batch_size=len(batch.rewards), sync_dist=True
         )
-
-
-def _predictions(policy: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """The last layer's outputs that predict the response tokens ``[N, D]``, and those ``[N]``."""
-    output = cast("Any", policy.base_model)(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    )
-    mask, positions = batch.response_mask, batch.response_positions
-    rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
-    # The output at one position predicts the token at the next.
-    hidden = output.last_hidden_state[rows[mask], positions[mask] - 1]
-    return hidden, batch.input_ids[rows[mask], positions[mask]]
-
-
-def _unflatten(values: Tensor, batch: MicroBatch) -> Tensor:
-    """``[N]`` response tokens to ``[B, R]``, 0 at padding."""
-    mask = batch.response_mask
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)

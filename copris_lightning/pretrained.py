@@ -60,12 +60,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_policy(model: str, *, dtype: str, attn_implementation: str) -> PreTrainedModel:
-    """The model itself, to be trained."""
-    policy: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+def load_model(model: str, *, dtype: str, attn_implementation: str) -> PreTrainedModel:
+    """The language model itself."""
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         model, dtype=dtype, attn_implementation=attn_implementation
     )
-    return policy
+    return loaded
 
 
 def context_length(config: Any) -> int:

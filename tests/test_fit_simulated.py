@@ -352,7 +352,7 @@ class WrongScores(LoggingEngine):
         scores = []
         for tokens in sequences:
             with torch.no_grad():
-                logits = self.module.policy(torch.tensor([tokens])).logits[0, :-1]
+                logits = self.module.policy.model(torch.tensor([tokens])).logits[0, :-1]
             targets = torch.tensor(tokens[1:])[:, None]
             values = logits.log_softmax(-1).gather(1, targets)[:, 0]
             scores.append([*values[:-1].tolist(), float(values[-1]) + self.off])

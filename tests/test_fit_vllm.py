@@ -48,7 +48,8 @@ class Recorder(L.Callback):
     ) -> None:
         # Before the first step on a batch the trainer holds what the last stage was made with.
         self.weights.setdefault(
-            self.sync.version, {k: v.clone() for k, v in pl_module.policy.state_dict().items()}
+            self.sync.version,
+            {k: v.clone() for k, v in pl_module.policy.model.state_dict().items()},
         )
 
     def on_train_batch_end(

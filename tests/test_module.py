@@ -14,6 +14,7 @@ import torch
 from copris_testing import reference_logprobs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from copris_lightning.core.batching import collate
 from copris_lightning.core.corrections import Masking, Truncation
@@ -57,18 +58,24 @@ def groups(seed: int, count: int = 4) -> list[PromptGroup]:
 def test_logprobs_equal_a_row_by_row_reference_and_ignore_padding(module: CoprisModule) -> None:
     rows = [t for group in groups(0) for t in group.trajectories]
     batch = collate(rows, source="engine", temperature=0.7)
-    ours = module.score(batch)
+    with torch.no_grad():
+        ours = module(batch)
     for row, t in zip(ours, rows, strict=True):
         tokens = [*t.prompt_token_ids, *t.response_token_ids]
-        expected = reference_logprobs(module.policy, tokens, len(t.prompt_token_ids), 0.7)
+        expected = reference_logprobs(module.policy.model, tokens, len(t.prompt_token_ids), 0.7)
         assert (row[: t.response_length] - expected).abs().max() < 1e-5
         assert (row[t.response_length :] == 0).all()
+
+
+def trainer(world: int = 1, steps: int = 1) -> Any:
+    strategy = SingleDeviceStrategy("cpu")
+    return SimpleNamespace(strategy=strategy, accumulate_grad_batches=steps, world_size=world)
 
 
 def gradients(module: CoprisModule, batches: list[Any], world: int, steps: int) -> torch.Tensor:
     """What an optimizer would see: Lightning averages over micro-batches, strategies over ranks."""
     module.zero_grad()
-    module.trainer = SimpleNamespace(accumulate_grad_batches=steps, world_size=world)
+    module.trainer = trainer(world, steps)
     for batch in batches:
         batch.is_last = False  # nothing to log here
         (module.training_step(batch, 0)["loss"] / (steps * world)).backward()
@@ -117,10 +124,10 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
             segment.token_ids = [1 + token % 90 for token in segment.token_ids]
     poison, totals = 97, UpdateTotals(4, 60, 40)
     rows[2].prompt_token_ids = (5, poison)
-    module.trainer = SimpleNamespace(accumulate_grad_batches=1, world_size=1)
-    embedding = module.policy.get_input_embeddings().weight
+    module.trainer = trainer()
+    embedding = module.policy.model.get_input_embeddings().weight
     original = embedding.detach().clone()
-    tied_head = module.policy.get_output_embeddings()
+    tied_head = module.policy.model.get_output_embeddings()
 
     def gradient(batch: Any) -> Any:
         module.zero_grad()
@@ -132,37 +139,42 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
     _, expected = gradient(collate(clean, source="engine", totals=totals))
     try:
         with torch.no_grad():
-            embedding[poison] = torch.nan  # the head is tied: its logit is NaN everywhere
+            embedding[poison] = torch.nan
         broken = collate(rows, source="engine", totals=totals, quarantine_limit=4)
-        # All of the micro-batch is left out: a gradient of zero, for every parameter.
-        with pytest.warns(UserWarning, match=re.escape(rows[0].name)):
-            output, ours = gradient(broken)
-        assert output["quarantined"] == [row.name for row in rows]
-        assert output["loss"] == 0.0
-        assert not output["estimate"].mask.any()
-        assert torch.equal(ours, torch.zeros_like(expected))
-        # Once more is past the limit.
-        with pytest.raises(QuarantineError, match="max_quarantined"):
+        # The head is tied, so its logit is NaN everywhere: no input is left to train on.
+        with (
+            pytest.warns(UserWarning, match=re.escape(rows[0].name)),
+            pytest.raises(QuarantineError, match=r"for any input.*model\.init_args\.dtype=float32"),
+        ):
             module.training_step(broken, 0)
         # Only as an input this time: the head is untied.
         head = torch.nn.Linear(*original.T.shape, bias=False)
         head.weight = torch.nn.Parameter(original.clone())
-        module.policy.set_output_embeddings(head)
+        module.policy.model.set_output_embeddings(head)
+        # All of the micro-batch is left out: a gradient of zero, for every parameter.
+        module._quarantined = 0
+        alone = collate(rows[2:3], source="engine", totals=totals, quarantine_limit=1)
+        with pytest.warns(UserWarning, match=re.escape(rows[2].name)):
+            output, ours = gradient(alone)
+        assert output["quarantined"] == [rows[2].name]
+        assert output["loss"] == 0.0
+        assert not output["estimate"].mask.any()
+        assert torch.equal(ours, torch.zeros_like(ours))
+        # Once more is past the limit.
+        with pytest.raises(QuarantineError, match="max_quarantined allows 1"):
+            module.training_step(alone, 0)
+        # The others of a micro-batch are trained on.
         module._quarantined = 0
         with pytest.warns(UserWarning, match=re.escape(rows[2].name)):
             output, ours = gradient(broken)
         assert output["quarantined"] == [rows[2].name]
         assert torch.isfinite(ours).all()
-        module._quarantined = 0
-        broken.quarantine_limit = 0
-        with pytest.raises(QuarantineError, match=re.escape(rows[2].name)):
-            module.training_step(broken, 0)
         clean_again, _ = gradient(collate(clean, source="engine", totals=totals))
         assert output["loss"] == clean_again["loss"]
     finally:
         with torch.no_grad():
             embedding.copy_(original)
-        module.policy.set_output_embeddings(tied_head)
+        module.policy.model.set_output_embeddings(tied_head)
         module._quarantined = 0
     _, restored = gradient(collate(clean, source="engine", totals=totals))
     assert torch.equal(restored, expected)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 
 from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.trajectory import Segment, Trajectory
 from copris_lightning.datamodules.rollout import RolloutDataModule
 from copris_lightning.errors import ConfigurationError, ParityError
 from copris_lightning.module import CoprisModule
+from copris_lightning.parallel import check_strategy, score
 
 
 class WeightSync(L.Callback):
@@ -65,13 +66,9 @@ class WeightSync(L.Callback):
         """Refuse strategies whose weights cannot be read, before an engine boots.
 
         Raises:
-            ConfigurationError: the strategy splits parameters over ranks.
+            ConfigurationError: names the setting to change.
         """
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise ConfigurationError(
-                f"trainer.strategy={type(trainer.strategy).__name__}: WeightSync reads whole "
-                "parameters, which this strategy splits over ranks; use auto or ddp"
-            )
+        check_strategy(trainer)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first rollout of a fit with validation."""
@@ -134,12 +131,16 @@ class WeightSync(L.Callback):
         """
         assert isinstance(pl_module, CoprisModule)
         data = _datamodule(trainer)
-        data.update_weights(pl_module.named_weights(), version)
+        weights = {}
+        for name, tensor in pl_module.named_weights(trainer.strategy.model):
+            if trainer.is_global_zero:
+                weights[name] = tensor.to("cpu", copy=True)
+        data.update_weights(weights.items(), version)
         self.version = version
         self._trained_since, self._is_synced = False, True
-        if self.parity_tolerance is None or data.session is None:
+        if self.parity_tolerance is None:
             return None
-        return self._probe(trainer, pl_module, data)
+        return self._probe(trainer, data, weights)
 
     def _first_sync(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_synced:
@@ -151,38 +152,60 @@ class WeightSync(L.Callback):
             self.sync(trainer, pl_module, self.version + int(is_newer))
 
     def _probe(
-        self, trainer: L.Trainer, module: CoprisModule, data: RolloutDataModule
+        self, trainer: L.Trainer, data: RolloutDataModule, weights: Mapping[str, Tensor]
     ) -> float | None:
-        assert self.parity_tolerance is not None
-        assert data.session is not None
-        names, sequences = data.probe_sequences(self.parity_sequences)
-        scores = data.session.call(data.engine.score(sequences))
-        if scores is None:
+        """On rank 0 the worst difference; the others take part in the forward pass."""
+        assert data.exchange is not None
+        names: list[str] = []
+        sequences: list[list[int]] = []
+        scores: list[list[float]] | None = None
+        batch: MicroBatch | None = None
+        with data.exchange.leading():
+            if data.session is not None:
+                names, sequences = data.probe_sequences(self.parity_sequences)
+                scores = data.session.call(data.engine.score(sequences))
+                batch = None if scores is None else _probe_batch(sequences)
+        batch = data.exchange.broadcast(batch)
+        if batch is None:
             return None
-        batch = trainer.strategy.batch_to_device(_probe_batch(sequences))
-        with trainer.precision_plugin.train_step_context():
-            ours = module.score(batch).float().cpu()
-        worst, where = 0.0, ""
-        for name, sequence, row, theirs in zip(names, sequences, ours, scores, strict=True):
-            difference = (row[: len(theirs)] - torch.tensor(theirs)).abs()
-            # A value that is not a number is the worst of all.
-            difference = torch.where(difference.isnan(), torch.inf, difference)
-            position = int(difference.argmax())
-            if float(difference[position]) >= worst:
-                worst = float(difference[position])
-                where = (
-                    f"token {position + 1} (id {sequence[position + 1]}) of prompt {name!r}: "
-                    f"engine {theirs[position]:.6f}, trainer {float(row[position]):.6f}"
-                )
-        self.worst_parity = max(self.worst_parity, worst)
-        if worst > self.parity_tolerance:
-            cause = data.session.call(data.engine.explain_mismatch(module.named_weights()))
-            raise ParityError(
-                f"after the sync of version {self.version} the engine's log-probs differ from the "
-                f"trainer's by up to {worst:.3g} nats, tolerance "
-                f"WeightSync.parity_tolerance={self.parity_tolerance}; worst at {where}. {cause}"
-            )
+        ours = score(trainer, batch)
+        worst = 0.0
+        with data.exchange.leading():
+            if data.session is not None and scores is not None:
+                worst, where = _worst(names, sequences, ours, scores)
+                self.worst_parity = max(self.worst_parity, worst)
+                assert self.parity_tolerance is not None
+                if worst > self.parity_tolerance:
+                    explain = data.engine.explain_mismatch(weights.items())
+                    raise ParityError(
+                        f"after the sync of version {self.version} the engine's log-probs differ "
+                        f"from the trainer's by up to {worst:.3g} nats, tolerance "
+                        f"WeightSync.parity_tolerance={self.parity_tolerance}; worst at {where}. "
+                        f"{data.session.call(explain)}"
+                    )
         return worst
+
+
+def _worst(
+    names: Sequence[str],
+    sequences: Sequence[Sequence[int]],
+    ours: Tensor,
+    theirs: Sequence[Sequence[float]],
+) -> tuple[float, str]:
+    """The largest difference of a log-prob, and where it is."""
+    worst, where = 0.0, ""
+    for name, sequence, row, values in zip(names, sequences, ours, theirs, strict=True):
+        difference = (row[: len(values)] - torch.tensor(values)).abs()
+        # A value that is not a number is the worst of all.
+        difference = torch.where(difference.isnan(), torch.inf, difference)
+        position = int(difference.argmax())
+        if float(difference[position]) >= worst:
+            worst = float(difference[position])
+            where = (
+                f"token {position + 1} (id {sequence[position + 1]}) of prompt {name!r}: "
+                f"engine {values[position]:.6f}, trainer {float(row[position]):.6f}"
+            )
+    return worst, where
 
 
 def _probe_batch(sequences: Sequence[Sequence[int]]) -> MicroBatch:

@@ -96,6 +96,25 @@ class MicroBatch:
         names = [name for name, kept in zip(self.names, keep.tolist(), strict=True) if kept]
         return replace(self, **changed, names=names)
 
+    def placeholder(self) -> MicroBatch:
+        """One short trajectory that does not count, where a rank has nothing to compute on but
+        has to take part."""
+        device = self.input_ids.device
+        one, none = torch.ones(1, dtype=torch.long, device=device), torch.zeros(1, 1, device=device)
+        return replace(
+            self,
+            input_ids=none.long().expand(1, 2),
+            prompt_lengths=one,
+            response_lengths=one,
+            behavior_logprobs=none,
+            versions=none.long(),
+            advantages=none[0],
+            included=one == 0,
+            mismatch=None if self.mismatch is None else none,
+            proximal_logprobs=None if self.proximal_logprobs is None else none,
+            names=[""],
+        )
+
     @property
     def response_positions(self) -> Tensor:
         """Where in ``input_ids`` each response token stands, ``[B, R]``; clamped at padding."""

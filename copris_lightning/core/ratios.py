@@ -8,7 +8,7 @@ segments' log-probs concatenated. All log-ratios are natural logarithms of shape
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,9 +52,13 @@ class TokenTerms:
     reference_logprobs: Tensor | None = None
     entropy: Tensor | None = None
 
-    def without_tokens(self) -> TokenTerms:
-        """The same with nothing in the mask."""
-        return replace(self, mask=torch.zeros_like(self.mask))
+    @property
+    def not_finite(self) -> Tensor:
+        """Trajectories with a log-prob of the current or reference policy that is not, ``[B]``."""
+        finite = torch.isfinite(self.logprobs)
+        if self.reference_logprobs is not None:
+            finite = finite & torch.isfinite(self.reference_logprobs)
+        return ~finite.all(dim=1)
 
     def masked(self) -> TokenTerms:
         """The same with zeros outside the mask, whatever stood there (NaN too)."""

@@ -4,7 +4,6 @@ and the proximal policy's."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import lightning as L
 
@@ -12,6 +11,7 @@ from copris_lightning.core.batching import collate, split_by_tokens
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.batches import sequence_length
 from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.parallel import score
 
 
 def score_behavior(
@@ -28,7 +28,7 @@ def score_behavior(
     tokens. The forward passes are spread over the ranks.
 
     Args:
-        trainer: holds the module, whose ``score(MicroBatch)`` gives ``[B, R]``.
+        trainer: holds the policy; see :func:`copris_lightning.parallel.score`.
         trajectories: rank 0's; those without new tokens are passed over. Others give ``None``.
         exchange: between ranks.
         temperature: of the distribution sampled from.
@@ -80,13 +80,13 @@ def _forward(
         batches = [
             collate([rows[i] for i in run], source=None, temperature=temperature) for run in runs
         ]
+        # Each rank computes equally often: with split weights they can only do it together.
+        while len(batches) % exchange.world_size:
+            batches.append(batches[0].placeholder())
         shares = [batches[rank :: exchange.world_size] for rank in range(exchange.world_size)]
-    module: Any = trainer.lightning_module
     scored = []
     for batch in exchange.scatter(shares):
-        batch = trainer.strategy.batch_to_device(batch)
-        with trainer.precision_plugin.train_step_context():
-            logprobs = module.score(batch).float().cpu()
+        logprobs = score(trainer, batch)
         lengths = batch.response_lengths.tolist()
         scored.append([row[:n].tolist() for row, n in zip(logprobs, lengths, strict=True)])
     gathered = exchange.gather(scored)

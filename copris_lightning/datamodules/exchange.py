@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -53,6 +55,25 @@ class Exchange:
         if self._world > 1:
             parts = [RolloutError(f"the rollout failed on rank 0: {error!r}")] * self._world
             dist.scatter_object_list([None], parts, src=0, group=self._group)
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's value, on every rank; the others' are not looked at."""
+        return self.scatter([value] * self._world if self.rank == 0 else None)
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Around what rank 0 does while the others have nothing to do: they wait for it.
+
+        Raises:
+            RolloutError: on the other ranks, where rank 0 raised in the block.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if self.rank == 0:
+                self.abandon(error)
+            raise
+        self.broadcast(None)
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank gives a value; rank 0 gets them all, in rank order."""

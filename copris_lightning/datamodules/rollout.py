@@ -181,7 +181,8 @@ class RolloutDataModule(L.LightningDataModule):
         """The training stream, in ``fit``."""
         self._streams: dict[str, PromptStream] = {}
         self._stop_ids: tuple[int, ...] = ()
-        self._exchange: Exchange | None = None
+        self.exchange: Exchange | None = None
+        """Between ranks, from ``setup`` on."""
         self._probe_tokens = 0
         self._last_state: dict[str, Any] = {}
 
@@ -223,11 +224,12 @@ class RolloutDataModule(L.LightningDataModule):
         )
         self.engine.validate(spec)
         self._probe_tokens = spec.max_model_len - 1
-        self._exchange = self._exchange or Exchange()
-        if self.trainer.is_global_zero and self.session is None:
-            self.session = RolloutSession(
-                self.engine, spec, self.scorer, tokenizer, self._while_waiting
-            )
+        self.exchange = self.exchange or Exchange()
+        with self.exchange.leading():
+            if self.trainer.is_global_zero and self.session is None:
+                self.session = RolloutSession(
+                    self.engine, spec, self.scorer, tokenizer, self._while_waiting
+                )
         self.training = None
         if stage == "fit":
             self.training = TrainingStream(
@@ -238,7 +240,7 @@ class RolloutDataModule(L.LightningDataModule):
                 shape,
                 self._stop_ids,
                 advantage=self.advantage,
-                exchange=self._exchange,
+                exchange=self.exchange,
                 observer=self._observe,
             )
 
@@ -338,8 +340,10 @@ class RolloutDataModule(L.LightningDataModule):
         Raises:
             WeightSyncError: they did not arrive.
         """
-        if self.session is not None:
-            self.session.update_weights(weights, version)
+        assert self.exchange is not None
+        with self.exchange.leading():
+            if self.session is not None:
+                self.session.update_weights(weights, version)
         if self.training is not None:
             self.training.advance(version)
 
@@ -384,7 +388,7 @@ class RolloutDataModule(L.LightningDataModule):
         return self._evaluation("predict_prompts")
 
     def _evaluation(self, name: str) -> SizedStream:
-        stream, exchange = self._streams[name], self._exchange
+        stream, exchange = self._streams[name], self.exchange
         assert exchange is not None
         return SizedStream(
             evaluation_batches(len(stream), self.settings),

@@ -1,0 +1,77 @@
+"""The policy: a causal language model that is asked for log-probs of response tokens."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.logprobs import token_logprobs, token_logprobs_and_entropy
+
+
+class Policy(nn.Module):
+    """A language model whose one forward pass gives log-probs instead of logits.
+
+    Everything that touches its weights happens in :meth:`forward`, which is where strategies that
+    split weights over ranks put them together.
+
+    Args:
+        model: the language model; its parameters keep the checkpoint's names in it.
+        chunk_tokens: tokens whose logits are held at a time.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, chunk_tokens: int) -> None:
+        super().__init__()
+        self.model = model
+        self.chunk_tokens = chunk_tokens
+        # The engine has no dropout, and a policy with it is not the one that is synced.
+        layer: Any
+        for layer in model.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.p = 0.0
+            elif isinstance(getattr(layer, "attention_dropout", None), float):
+                layer.attention_dropout = 0.0
+
+    def forward(
+        self, batch: MicroBatch, entropy: Literal["none", "detached", "differentiable"] = "none"
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the response tokens, and the entropies of the distributions they are from.
+
+        Args:
+            batch: of B trajectories, the longest response of R tokens.
+            entropy: whether to compute entropies, and whether with a gradient.
+
+        Returns:
+            log-probs ``[B, R]`` at the batch's temperature and entropies ``[B, R]`` in nats, or
+            ``None``; both fp32 and 0 at padding.
+        """
+        hidden, targets = self._predictions(batch)
+        head = self.model.get_output_embeddings()
+        options: Any = {"temperature": batch.temperature, "chunk_tokens": self.chunk_tokens}
+        if entropy == "none":
+            values = token_logprobs(hidden, targets, head, **options)
+            return _unflatten(values, batch), None
+        logprobs, entropies = token_logprobs_and_entropy(
+            hidden, targets, head, differentiable=entropy == "differentiable", **options
+        )
+        return _unflatten(logprobs, batch), _unflatten(entropies, batch)
+
+    def _predictions(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """The last layer's outputs that predict response tokens ``[N, D]``, and those ``[N]``."""
+        output = cast("Any", self.model.base_model)(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+        )
+        mask, positions = batch.response_mask, batch.response_positions
+        rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+        # The output at one position predicts the token at the next.
+        hidden = output.last_hidden_state[rows[mask], positions[mask] - 1]
+        return hidden, batch.input_ids[rows[mask], positions[mask]]
+
+
+def _unflatten(values: Tensor, batch: MicroBatch) -> Tensor:
+    """``[N]`` response tokens to ``[B, R]``, 0 at padding."""
+    mask = batch.response_mask
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

@@ -1,0 +1,238 @@
+"""What two processes do together for ``tests/test_distributed.py``: one start, many scenarios.
+
+Run as ``python ranks.py CHECKPOINT DIRECTORY`` by each rank, with the variables of torchrun set.
+Writes each scenario's result on each rank to ``DIRECTORY/SCENARIO.RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from simulated_fits import build, ledger, parity
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+
+from copris_lightning.core.penalties import KLPenalty
+from copris_lightning.errors import RewardError, RolloutError
+from copris_lightning.parallel import full_weights
+from copris_lightning.policy import Policy
+from copris_lightning.pretrained import load_model
+
+TIME_LIMIT_S = 30
+"""Of the default process group: how long one rank may wait for another in a collective."""
+
+SCENARIOS: dict[str, Callable[[Path, Path], Any]] = {}
+
+
+def scenario(function: Callable[[Path, Path], Any]) -> Callable[[Path, Path], Any]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+def strategies() -> dict[str, Any]:
+    return {
+        "one": "auto",
+        "ddp": DDPStrategy(),
+        "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.clone().numpy().tobytes()).hexdigest()
+
+
+class Recorder(L.Callback):
+    """The gradient before each step in full, each batch's loss, and the weights after it."""
+
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor] = []
+        self.losses: list[float] = []
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        parts = [p.grad for _, p in pl_module.policy.named_parameters()]
+        full = [g.full_tensor() if isinstance(g, DTensor) else g for g in parts]
+        self.gradients.append(torch.cat([g.flatten().clone() for g in full]))
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if args[1].is_last:
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = get_model_state_dict(pl_module.policy.model, options=options)
+            self.weights.append({name: value.clone() for name, value in state.items()})
+
+
+def train(
+    strategy: str,
+    checkpoint: Path,
+    directory: Path,
+    *,
+    callbacks: Sequence[L.Callback] = (),
+    ckpt_path: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Batches of two micro-batches per rank, their gradients clipped."""
+    recorder = Recorder()
+    synced: list[dict[str, str]] = []
+    settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.02, "max_steps": 3, **options}
+    trainer, module, data, _ = build(
+        checkpoint,
+        directory,
+        callbacks=[recorder, *callbacks],
+        strategy=strategies()[strategy],
+        devices=1 if strategy == "one" else 2,
+        **settings,
+    )
+    # With a state, which FSDP2 splits too.
+    module.optimizer = lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)
+    update = data.engine.update_weights
+
+    async def record(weights: Any, version: int) -> None:
+        weights = list(weights)
+        synced.append({name: digest(tensor) for name, tensor in weights})
+        await update(weights, version)
+
+    data.engine.update_weights = record  # type: ignore[method-assign]
+    cpu, wall = time.process_time(), time.perf_counter()
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return {
+        "losses": recorder.losses,
+        "gradients": recorder.gradients,
+        "weights": recorder.weights,
+        "synced": synced,
+        "ledger": ledger(directory),
+        "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+        "cpu_s": time.process_time() - cpu,
+        "wall_s": time.perf_counter() - wall,
+    }
+
+
+@scenario
+def ddp(checkpoint: Path, directory: Path) -> Any:
+    return train("ddp", checkpoint, directory)
+
+
+@scenario
+def fsdp2(checkpoint: Path, directory: Path) -> Any:
+    return train("fsdp2", checkpoint, directory)
+
+
+@scenario
+def fsdp2_with_a_reference(checkpoint: Path, directory: Path) -> Any:
+    model = {"kl": KLPenalty(0.1), "gradient_checkpointing": True}
+    return train("fsdp2", checkpoint, directory, model=model)
+
+
+@scenario
+def fsdp2_resumed(checkpoint: Path, directory: Path) -> Any:
+    keep = ModelCheckpoint(directory, filename="at-{step}", save_top_k=-1, every_n_train_steps=1)
+    options: dict[str, Any] = {"enable_checkpointing": True, "callbacks": [keep]}
+    train("fsdp2", checkpoint, directory, **{**options, "max_steps": 2})
+    return train(
+        "fsdp2", checkpoint, directory, ckpt_path=directory / "at-step=2.ckpt", callbacks=[]
+    )
+
+
+@scenario
+def long_rollout(checkpoint: Path, directory: Path) -> Any:
+    """Rank 0's rollout takes longer than the ranks' process group waits for anything."""
+    calls: list[str] = []
+
+    async def slow(response: str, prompt: Any) -> float:
+        if not calls:
+            time.sleep(TIME_LIMIT_S + 5)  # noqa: ASYNC251 - rank 0 shall hang
+        calls.append(response)
+        return await parity(response, prompt)
+
+    return train("ddp", checkpoint, directory, data={"reward": slow}, max_steps=1)
+
+
+@scenario
+def skewed(checkpoint: Path, directory: Path) -> Any:
+    """One long and one short trajectory; the longer one, if cut off, is left out of the loss."""
+    data = {"batch_groups": 1, "cap": 2, "max_new_tokens": 12, "truncated": "mask"}
+    options = {"accumulate_grad_batches": 1, "max_steps": 6, "data": data}
+    return train("fsdp2", checkpoint, directory, **options)
+
+
+@scenario
+def quarantined(checkpoint: Path, directory: Path) -> Any:
+    """A weight that is not a number: whoever meets its token starts again, with all others."""
+    poisoned = directory / "poisoned"
+    if dist.get_rank() == 0:
+        model = load_model(str(checkpoint), dtype="float32", attn_implementation="sdpa")
+        head = model.get_input_embeddings().weight.detach().clone()
+        model.config.tie_word_embeddings = False
+        model.set_output_embeddings(torch.nn.Linear(*head.T.shape, bias=False))
+        with torch.no_grad():
+            model.get_output_embeddings().weight.copy_(head)
+            model.get_input_embeddings().weight[60] = torch.nan
+        model.save_pretrained(poisoned)
+        for file in checkpoint.glob("*token*"):
+            shutil.copy(file, poisoned)
+    dist.barrier()
+    data = {"behavior_logprobs": "engine", "max_quarantined": 1.0}
+    return train("fsdp2", poisoned, directory, data=data)
+
+
+@scenario
+def failing(checkpoint: Path, directory: Path) -> Any:
+    async def broken(response: str, prompt: Any) -> float:
+        raise KeyError("the answer is missing")
+
+    try:
+        train("fsdp2", checkpoint, directory, data={"reward": broken})
+    except (RewardError, RolloutError) as error:
+        return repr(error)
+    raise AssertionError("nothing was raised")
+
+
+@scenario
+def fsdp1_weights(checkpoint: Path, directory: Path) -> Any:
+    """Lightning's FSDPStrategy asks for a GPU; what it wraps modules in does not."""
+    model = load_model(str(checkpoint), dtype="float32", attn_implementation="sdpa")
+    layer = type(model.base_model.layers[0])
+    expected = {name: digest(p.detach()) for name, p in model.named_parameters()}
+    policy = Policy(model, chunk_tokens=64)
+    root = FullyShardedDataParallel(
+        policy,
+        auto_wrap_policy=ModuleWrapPolicy({layer}),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+    held = sum(p.numel() for p in policy.parameters())
+    gathered = {name: digest(tensor) for name, tensor in full_weights(model, root)}
+    return {"expected": expected, "gathered": gathered, "held": held}
+
+
+def main(checkpoint: Path, directory: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIME_LIMIT_S))
+    for name, function in SCENARIOS.items():
+        place = directory / name
+        place.mkdir(exist_ok=True)
+        try:
+            result = function(checkpoint, place)
+        except BaseException:  # noqa: BLE001 - told to the test
+            result = traceback.format_exc()
+        torch.save(result, directory / f"{name}.{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

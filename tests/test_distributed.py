@@ -1,0 +1,173 @@
+"""Training on two ranks: the same trajectories, losses, gradients and weights as on one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SCENARIOS, TIME_LIMIT_S, digest, train
+
+SUPPORT = Path(__file__).parent / "support"
+DEADLINE_S = 600
+
+
+@pytest.fixture(scope="module")
+def results(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each scenario gave, a list over the two ranks."""
+    directory = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "GROUP_RANK": 0,
+            "WORLD_SIZE": 2,
+            "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_RUN_ID": "test",
+            "OMP_NUM_THREADS": 1,
+            "PYTHONPATH": SUPPORT,
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, SUPPORT / "ranks.py", tiny_checkpoint, directory],
+                env={**os.environ, **{k: str(v) for k, v in variables.items()}},
+                stdout=(directory / f"log.{rank}.txt").open("w"),
+                stderr=subprocess.STDOUT,
+            )
+        )
+    try:
+        for process in processes:
+            process.wait(DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        warnings.warn("the ranks hung", stacklevel=1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return {
+        name: [
+            torch.load(file, weights_only=False) for file in sorted(directory.glob(f"{name}.?.pt"))
+        ]
+        for name in SCENARIOS
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The same training on one rank, where twice as many micro-batches make a batch."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield train("one", tiny_checkpoint, tmp_path_factory.mktemp("one"))
+    torch.set_num_threads(threads)
+
+
+def outcomes(results: dict[str, Any], scenario: str) -> list[Any]:
+    """Both ranks' results; fails with the traceback if there is one instead."""
+    both: list[Any] = results[scenario]
+    assert len(both) == 2, "the ranks did not get there"
+    for rank, result in enumerate(both):
+        assert not (isinstance(result, str) and "Traceback" in result), f"rank {rank}: {result}"
+    return both
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_train_as_one(results: dict[str, Any], alone: Any, strategy: str) -> None:
+    leader, other = outcomes(results, strategy)
+    # The very same trajectories, advantages and versions.
+    assert leader["ledger"] == alone["ledger"]
+    assert len(leader["ledger"]) == 3 * 8
+    assert leader["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    assert leader["losses"] == other["losses"]
+    for ours, theirs in zip(leader["gradients"], alone["gradients"], strict=True):
+        assert theirs.norm() > 0.02  # the limit: it is clipped
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    for ours, theirs in zip(leader["weights"], alone["weights"], strict=True):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-5, atol=1e-6)
+    for name, value in alone["metrics"].items():
+        area = name.partition("/")[0]
+        if area in ("is", "kl", "policy", "staleness", "train") and name != "train/tokens_per_s":
+            assert leader["metrics"][name] == pytest.approx(value, abs=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_the_engine_gets_the_weights_of_the_trainer(results: dict[str, Any], strategy: str) -> None:
+    leader, other = outcomes(results, strategy)
+    assert other["synced"] == []
+    # The first sync comes before any training.
+    assert len(leader["synced"]) == 1 + len(leader["weights"])
+    for synced, weights in zip(leader["synced"][1:], leader["weights"], strict=True):
+        assert synced == {n: digest(w) for n, w in weights.items() if n != "lm_head.weight"}
+    assert leader["synced"][1] != leader["synced"][0]
+
+
+def test_a_reference_is_split_too_and_activations_may_be_recomputed(
+    results: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from copris_lightning.core.penalties import KLPenalty
+
+    leader, _ = outcomes(results, "fsdp2_with_a_reference")
+    alone = train("one", tiny_checkpoint, tmp_path, model={"kl": KLPenalty(0.1)})
+    assert leader["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    for ours, theirs in zip(leader["gradients"], alone["gradients"], strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+def test_a_resumed_fsdp2_run_goes_on_as_if_it_had_not_stopped(results: dict[str, Any]) -> None:
+    straight, _ = outcomes(results, "fsdp2")
+    resumed, _ = outcomes(results, "fsdp2_resumed")
+    assert resumed["ledger"] == straight["ledger"]
+    assert resumed["losses"] == pytest.approx(straight["losses"][2:], abs=1e-6)
+    assert {n: digest(w) for n, w in resumed["weights"][-1].items()} == {
+        n: digest(w) for n, w in straight["weights"][-1].items()
+    }
+
+
+def test_a_rollout_longer_than_the_ranks_time_limit_keeps_them_asleep(
+    results: dict[str, Any],
+) -> None:
+    leader, other = outcomes(results, "long_rollout")
+    assert len(leader["ledger"]) == 8
+    assert other["wall_s"] > TIME_LIMIT_S
+    assert other["cpu_s"] < 0.5 * TIME_LIMIT_S
+
+
+def test_skewed_lengths_and_a_rank_with_nothing_to_learn_from(results: dict[str, Any]) -> None:
+    leader, _ = outcomes(results, "skewed")
+    records = leader["ledger"]
+    pairs = [records[i : i + 2] for i in range(0, len(records), 2)]
+    assert len(pairs) == 6
+    # It did happen that one rank's only trajectory was left out, and both.
+    assert any(sum("excluded" in r for r in pair) == 1 for pair in pairs)
+
+
+def test_a_broken_trajectory_on_one_rank_makes_all_start_again(results: dict[str, Any]) -> None:
+    leader, other = outcomes(results, "quarantined")
+    excluded = [r for r in leader["ledger"] if "excluded" in r]
+    assert 0 < len(excluded) < len(leader["ledger"])
+    assert leader["losses"] == other["losses"]
+    assert all(torch.isfinite(g).sum() > 0 for g in leader["gradients"])
+
+
+def test_a_failure_on_rank_0_ends_the_others_too(results: dict[str, Any]) -> None:
+    leader, other = outcomes(results, "failing")
+    assert leader.startswith("RewardError")
+    assert other.startswith("RolloutError('the rollout failed on rank 0: RewardError")
+
+
+def test_fsdp1_units_are_put_together_one_at_a_time(results: dict[str, Any]) -> None:
+    for result in outcomes(results, "fsdp1_weights"):
+        assert result["gathered"] == result["expected"]
+        assert result["held"] < 10**6
