@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import SCENARIOS, TIME_LIMIT_S, digest, train
+from copris_testing import digest
+from ranks import SCENARIOS, TIME_LIMIT_S, train
 
 SUPPORT = Path(__file__).parent / "support"
 DEADLINE_S = 600

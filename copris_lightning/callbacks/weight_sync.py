@@ -19,6 +19,10 @@ from copris_lightning.module import CoprisModule
 from copris_lightning.parallel import check_strategy, score
 
 
+_MIXED_TOLERANCE = 0.05
+"""Log-probs of engine and trainer in different precisions differ by about this much, in nats."""
+
+
 class WeightSync(L.Callback):
     """After each batch's last optimizer step, the engine gets the weights and is probed.
 
@@ -69,6 +73,18 @@ class WeightSync(L.Callback):
             ConfigurationError: names the setting to change.
         """
         check_strategy(trainer)
+        engine_args = getattr(_datamodule(trainer).engine, "engine_args", {})
+        theirs = str(engine_args.get("dtype", "auto")).removeprefix("torch.")
+        theirs = {"half": "float16", "float": "float32"}.get(theirs, theirs)
+        ours = getattr(trainer.lightning_module, "dtype_name", theirs)
+        tolerance = self.parity_tolerance
+        if theirs not in ("auto", ours) and tolerance is not None and tolerance < _MIXED_TOLERANCE:
+            raise ConfigurationError(
+                f"data.init_args.engine.init_args.engine_args.dtype={theirs} is not "
+                f"model.init_args.dtype={ours}: log-probs will differ by more than "
+                f"WeightSync.parity_tolerance={tolerance}; set the same dtype, or a tolerance of "
+                f"{_MIXED_TOLERANCE} and more"
+            )
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the first rollout of a fit with validation."""

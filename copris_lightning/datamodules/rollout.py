@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -276,6 +277,12 @@ class RolloutDataModule(L.LightningDataModule):
         estimator = getattr(module, "estimator", None)
         if estimator is None:
             return  # WeightSync refuses the module
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and estimator.kl:
+            raise ConfigurationError(
+                "model.init_args.kl: DeepSpeed's ZeRO-3 cannot hold a reference policy, which is "
+                "not trained; use ModelParallelStrategy (FSDP2) or deepspeed_stage_2"
+            )
         if estimator.needs_mismatch and self.settings.behavior_logprobs == "engine":
             raise ConfigurationError(
                 f"{KEY}.behavior_logprobs=engine: model.init_args.corrections of the mismatch "

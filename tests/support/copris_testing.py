@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning as L
 import torch
+from safetensors import safe_open
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from copris_lightning.rollout.rewards import Prompt
 from copris_lightning.rollout.vllm import VLLMEngine
@@ -31,6 +38,47 @@ class ShareOfDigits:
         return sum(c.isdigit() for c in response) / max(1, len(response))
 
 
+class SaveBatches(L.Callback):
+    """Saves each batch's trajectories, the weights they were trained on, the loss, and a digest of
+    each weight afterwards: everything in full, whatever the ranks."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+        self.before: dict[str, torch.Tensor] | None = None
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if self.before is None:
+            self.before = full_state(pl_module.policy.model)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not batch.is_last:
+            return
+        training = trainer.datamodule.training
+        after = full_state(pl_module.policy.model)
+        if trainer.is_global_zero:
+            saved = {
+                "groups": [group.state_dict() for group in training.delivered],
+                "policy_version": batch.policy_version,
+                "before": self.before,
+                "loss": float(trainer.callback_metrics["train/loss"]),
+                "after": {name: digest(tensor) for name, tensor in after.items()},
+            }
+            torch.save(saved, self.directory / f"batch_{training.batch_index}.pt")
+        self.before = None
+
+
+def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of a model's weights in full, on rank 0; all ranks must ask."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return {n: t.clone() for n, t in get_model_state_dict(model, options=options).items()}
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.clone().numpy().tobytes()).hexdigest()
+
+
 class FailingReward:
     """Works for a while (each worker counts its own calls), then raises."""
 
@@ -43,6 +91,23 @@ class FailingReward:
         if self.calls > self.after:
             raise KeyError("the answer is missing")
         return 0.0
+
+
+class RecordingExtension(CoprisWorkerExtension):
+    """Writes down a digest of each weight that arrives in the worker, beside its environment."""
+
+    def load_trainer_weights(self, path: str) -> None:
+        with safe_open(path, framework="pt") as file:
+            digests = {name: digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        with open(os.environ["COPRIS_TEST_RECORD"], "a") as record:
+            record.write(json.dumps(digests) + "\n")
+        super().load_trainer_weights(path)
+
+
+class RecordingEngine(VLLMEngine):
+    """A vLLM engine that says which weights it was given."""
+
+    worker_extension: ClassVar[str] = "copris_testing.RecordingExtension"
 
 
 class StaleHeadExtension(CoprisWorkerExtension):

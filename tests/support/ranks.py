@@ -6,7 +6,6 @@ Writes each scenario's result on each rank to ``DIRECTORY/SCENARIO.RANK.pt``.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import sys
 import time
@@ -19,10 +18,10 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from copris_testing import digest, full_state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from simulated_fits import build, ledger, parity
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
@@ -52,10 +51,6 @@ def strategies() -> dict[str, Any]:
     }
 
 
-def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.clone().numpy().tobytes()).hexdigest()
-
-
 class Recorder(L.Callback):
     """The gradient before each step in full, each batch's loss, and the weights after it."""
 
@@ -72,9 +67,7 @@ class Recorder(L.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if args[1].is_last:
             self.losses.append(float(trainer.callback_metrics["train/loss"]))
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            state = get_model_state_dict(pl_module.policy.model, options=options)
-            self.weights.append({name: value.clone() for name, value in state.items()})
+            self.weights.append(full_state(pl_module.policy.model))
 
 
 def train(
