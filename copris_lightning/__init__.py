@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     )
     from copris_lightning.datamodules.prompts import DatasetPrompts
     from copris_lightning.datamodules.rollout import RolloutDataModule
+    from copris_lightning.lora import LoRA
     from copris_lightning.module import CoprisModule
     from copris_lightning.rollout.rewards import Prompt, Reward
     from copris_lightning.rollout.simulated import SimulatedEngine
     from copris_lightning.rollout.vllm import VLLMEngine
+    from copris_lightning.rollout.vllm_server import VLLMServerEngine
 
 _HOMES = {
     "CispoLoss": "core.losses",
@@ -37,6 +39,7 @@ _HOMES = {
     "DecoupledRatio": "core.ratios",
     "KLPenalty": "core.penalties",
     "LagRejection": "core.corrections",
+    "LoRA": "lora",
     "Masking": "core.corrections",
     "PolicyLoss": "core.losses",
     "Prompt": "rollout.rewards",
@@ -53,6 +56,7 @@ _HOMES = {
     "Truncation": "core.corrections",
     "UncorrectedRatio": "core.ratios",
     "VLLMEngine": "rollout.vllm",
+    "VLLMServerEngine": "rollout.vllm_server",
     "WeightSync": "callbacks.weight_sync",
 }
 
@@ -64,6 +68,7 @@ __all__ = [
     "DecoupledRatio",
     "KLPenalty",
     "LagRejection",
+    "LoRA",
     "Masking",
     "PolicyLoss",
     "Prompt",
@@ -80,6 +85,7 @@ __all__ = [
     "Truncation",
     "UncorrectedRatio",
     "VLLMEngine",
+    "VLLMServerEngine",
     "WeightSync",
 ]
 

@@ -11,7 +11,12 @@ from collections.abc import Sequence
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; see :func:`copris_lightning.cli.main`."""
+    """Run `copris serve`, or else :func:`copris_lightning.cli.main`; returns the exit status."""
+    given = sys.argv[1:] if args is None else args
+    if given and given[0] == "serve":
+        from copris_lightning.serve import main as serve
+
+        return serve(given[1:])
     from copris_lightning.cli import main as run
 
     return run(args)

@@ -24,9 +24,10 @@ from copris_lightning.core.normalization import NORMALIZATIONS, NormalizationNam
 from copris_lightning.core.penalties import KLPenalty
 from copris_lightning.core.ratios import Ratio, TokenRatio, TokenTerms
 from copris_lightning.errors import ConfigurationError, QuarantineError
+from copris_lightning.lora import LoRA, without_adapters
 from copris_lightning.parallel import full_weights, shard
 from copris_lightning.policy import Policy
-from copris_lightning.pretrained import load_config, load_model
+from copris_lightning.pretrained import empty_model, load_config, load_model
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -41,12 +42,14 @@ class CoprisModule(L.LightningModule):
         loss: the policy loss over the ratio.
         ratio: which policies the importance ratio compares.
         corrections: constant weights on tokens, for the engine-trainer mismatch or staleness.
-        kl: penalty towards a reference policy, of which a frozen copy is kept on the device.
+        kl: penalty towards a reference policy, of which a frozen copy is kept on the device; with
+            ``lora`` none is needed for the checkpoint that training starts from.
         entropy_coefficient: of an entropy bonus, per nat, >= 0.
         normalization: how token losses become one number: ``token_mean``,
             ``sequence_mean_token_mean``, ``sequence_mean_token_sum`` or ``constant``; over the
             whole optimizer step, however it is split into micro-batches and ranks.
-        optimizer: makes the optimizer from the parameters.
+        lora: train adapters only; by default all weights.
+        optimizer: makes the optimizer from the parameters that are trained.
         lr_scheduler: makes the schedule from the optimizer; steps once per optimizer step.
         dtype: of the parameters: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: as for ``from_pretrained``.
@@ -69,6 +72,7 @@ class CoprisModule(L.LightningModule):
         kl: KLPenalty | None = None,
         entropy_coefficient: float = 0.0,
         normalization: NormalizationName = "token_mean",
+        lora: LoRA | None = None,
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
         dtype: str = "float32",
@@ -111,7 +115,10 @@ class CoprisModule(L.LightningModule):
                     f"{key}={kl.reference!r} has a vocabulary of {sizes[0]} tokens, the model "
                     f"has {sizes[1]}"
                 )
+        if lora is not None:
+            lora.check(empty_model(model))
         self.model = model
+        self.lora = lora
         self.normalization = normalization
         self.log_entropy = log_entropy
         self.optimizer = optimizer
@@ -148,6 +155,8 @@ class CoprisModule(L.LightningModule):
         )
         # from_pretrained returns the model in eval mode, in which Lightning would leave it.
         loaded.train(is_trained).requires_grad_(is_trained)
+        if is_trained and self.lora is not None:
+            self.lora.insert(loaded)
         policy = Policy(loaded, chunk_tokens=self.logprob_chunk_tokens)
         if self.device_mesh is not None:
             shard(policy, loaded, self.device_mesh["data_parallel"])
@@ -155,7 +164,7 @@ class CoprisModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer and, if there is one, its schedule per optimizer step."""
-        optimizer = self.optimizer(self.parameters())
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return optimizer
         schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
@@ -165,7 +174,7 @@ class CoprisModule(L.LightningModule):
         """Load the reference policy, if there is a penalty, where the policy is."""
         self._quarantined = 0
         kl = self.estimator.kl
-        if kl is not None and not self._reference:
+        if kl is not None and not self._reference and not self._holds_reference:
             reference = self._load(kl.reference or self.model, is_trained=False)
             self._reference = [reference.to(self.device)]
 
@@ -182,10 +191,6 @@ class CoprisModule(L.LightningModule):
         if self.estimator.entropy_coefficient:
             mode = "differentiable"
         logprobs, entropy = self.policy(batch, mode)
-        reference = None
-        if self._reference:
-            with torch.no_grad():
-                reference, _ = self._reference[0](batch)
         return TokenTerms(
             logprobs=logprobs,
             behavior_logprobs=batch.behavior_logprobs,
@@ -194,9 +199,23 @@ class CoprisModule(L.LightningModule):
             lags=batch.lags,
             mismatch=batch.mismatch,
             proximal_logprobs=batch.proximal_logprobs,
-            reference_logprobs=reference,
+            reference_logprobs=self._reference_logprobs(batch),
             entropy=entropy,
         )
+
+    @property
+    def _holds_reference(self) -> bool:
+        """Whether the policy without its adapters is the reference policy."""
+        kl = self.estimator.kl
+        return self.lora is not None and kl is not None and kl.reference is None
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        if self._holds_reference:
+            assert self.policy is not None
+            with without_adapters(self.policy):
+                return cast("Tensor", self(batch))
+        return self._reference[0](batch)[0] if self._reference else None
 
     def policy_loss(self, batch: MicroBatch, terms: TokenTerms) -> tuple[Tensor, Estimate]:
         """A micro-batch's share of the optimizer step's loss, and its per-token parts."""
@@ -295,7 +314,8 @@ class CoprisModule(L.LightningModule):
             root: what the strategy made of this module.
         """
         assert self.policy is not None, "configure_model() has not run"
-        yield from full_weights(self.policy.model, root or self)
+        weights = full_weights(self.policy.model, root or self)
+        yield from weights if self.lora is None else self.lora.for_engine(weights)
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Log the scores of some prompts."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from copris_lightning.core.batching import MicroBatch
@@ -61,14 +63,27 @@ class Policy(nn.Module):
 
     def _predictions(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The last layer's outputs that predict response tokens ``[N, D]``, and those ``[N]``."""
-        output = cast("Any", self.model.base_model)(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        )
+        with _uncached_casts(self) if isinstance(self, FSDPModule) else nullcontext():
+            output = cast("Any", self.model.base_model)(
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
+            )
         mask, positions = batch.response_mask, batch.response_positions
         rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
         # The output at one position predicts the token at the next.
         hidden = output.last_hidden_state[rows[mask], positions[mask] - 1]
         return hidden, batch.input_ids[rows[mask], positions[mask]]
+
+
+def _uncached_casts(module: nn.Module) -> AbstractContextManager[None]:
+    """Autocast without a memory: it would keep a copy of every weight that it casts, which are
+    whole ones while split weights are put together."""
+    device = next(module.parameters()).device.type
+    return torch.autocast(
+        device,
+        dtype=torch.get_autocast_dtype(device),
+        enabled=torch.is_autocast_enabled(device),
+        cache_enabled=False,
+    )
 
 
 def _unflatten(values: Tensor, batch: MicroBatch) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -66,6 +67,13 @@ def load_model(model: str, *, dtype: str, attn_implementation: str) -> PreTraine
         model, dtype=dtype, attn_implementation=attn_implementation
     )
     return loaded
+
+
+def empty_model(model: str) -> PreTrainedModel:
+    """The language model without its weights, to look at its layers."""
+    with torch.device("meta"):
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(load_config(model))
+    return made
 
 
 def context_length(config: Any) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning as L
@@ -17,7 +17,7 @@ from copris_lightning.datamodules.rollout import RolloutDataModule
 from copris_lightning.errors import ConfigurationError, ParityError
 from copris_lightning.module import CoprisModule
 from copris_lightning.parallel import check_strategy, score
-
+from copris_lightning.rollout.engine import Weights
 
 _MIXED_TOLERANCE = 0.05
 """Log-probs of engine and trainer in different precisions differ by about this much, in nats."""
@@ -118,6 +118,10 @@ class WeightSync(L.Callback):
         self._trained_since = True
         if not self.should_sync(trainer, batch):
             return
+        # Used up; an engine on the same device can use what they occupy.
+        pl_module.zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         started = time.perf_counter()
         parity = self.sync(trainer, pl_module, self.version + 1)
         pl_module.log("sync/seconds", time.perf_counter() - started, rank_zero_only=True)
@@ -147,11 +151,12 @@ class WeightSync(L.Callback):
         """
         assert isinstance(pl_module, CoprisModule)
         data = _datamodule(trainer)
-        weights = {}
-        for name, tensor in pl_module.named_weights(trainer.strategy.model):
-            if trainer.is_global_zero:
-                weights[name] = tensor.to("cpu", copy=True)
-        data.update_weights(weights.items(), version)
+        root = trainer.strategy.model
+
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            return pl_module.named_weights(root)
+
+        data.update_weights(weights, version)
         self.version = version
         self._trained_since, self._is_synced = False, True
         if self.parity_tolerance is None:
@@ -167,11 +172,10 @@ class WeightSync(L.Callback):
             is_newer = self._trained_since and not (training and training.has_open_batch)
             self.sync(trainer, pl_module, self.version + int(is_newer))
 
-    def _probe(
-        self, trainer: L.Trainer, data: RolloutDataModule, weights: Mapping[str, Tensor]
-    ) -> float | None:
-        """On rank 0 the worst difference; the others take part in the forward pass."""
+    def _probe(self, trainer: L.Trainer, data: RolloutDataModule, weights: Weights) -> float | None:
+        """The worst difference; all ranks take part in the forward pass."""
         assert data.exchange is not None
+        assert self.parity_tolerance is not None
         names: list[str] = []
         sequences: list[list[int]] = []
         scores: list[list[float]] | None = None
@@ -185,19 +189,18 @@ class WeightSync(L.Callback):
         if batch is None:
             return None
         ours = score(trainer, batch)
-        worst = 0.0
-        with data.exchange.leading():
-            if data.session is not None and scores is not None:
-                worst, where = _worst(names, sequences, ours, scores)
-                self.worst_parity = max(self.worst_parity, worst)
-                assert self.parity_tolerance is not None
-                if worst > self.parity_tolerance:
-                    explain = data.engine.explain_mismatch(weights.items())
+        worst, where = data.exchange.broadcast(_worst(names, sequences, ours, scores or []))
+        self.worst_parity = max(self.worst_parity, worst)
+        if worst > self.parity_tolerance:
+            whole = data.whole_weights(weights)
+            with data.exchange.leading():
+                if data.session is not None:
+                    cause = data.session.call(data.engine.explain_mismatch(whole.items()))
                     raise ParityError(
                         f"after the sync of version {self.version} the engine's log-probs differ "
                         f"from the trainer's by up to {worst:.3g} nats, tolerance "
                         f"WeightSync.parity_tolerance={self.parity_tolerance}; worst at {where}. "
-                        f"{data.session.call(explain)}"
+                        f"{cause}"
                     )
         return worst
 
@@ -210,7 +213,7 @@ def _worst(
 ) -> tuple[float, str]:
     """The largest difference of a log-prob, and where it is."""
     worst, where = 0.0, ""
-    for name, sequence, row, values in zip(names, sequences, ours, theirs, strict=True):
+    for name, sequence, row, values in zip(names, sequences, ours, theirs, strict=False):
         difference = (row[: len(values)] - torch.tensor(values)).abs()
         # A value that is not a number is the worst of all.
         difference = torch.where(difference.isnan(), torch.inf, difference)

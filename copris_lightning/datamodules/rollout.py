@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -31,9 +31,11 @@ from copris_lightning.pretrained import (
     load_tokenizer,
     stop_token_ids,
 )
-from copris_lightning.rollout.engine import Engine, EngineSpec
+from copris_lightning.rollout.engine import Engine, EngineSpec, RankedSync, Weights
 from copris_lightning.rollout.rewards import Reward, RewardScorer
 from copris_lightning.rollout.scheduler import Event
+
+T = TypeVar("T")
 
 _STAGE_PROMPTS = {
     "fit": "prompts",
@@ -184,6 +186,7 @@ class RolloutDataModule(L.LightningDataModule):
         self._stop_ids: tuple[int, ...] = ()
         self.exchange: Exchange | None = None
         """Between ranks, from ``setup`` on."""
+        self._send: Callable[[], None] | None = None
         self._probe_tokens = 0
         self._last_state: dict[str, Any] = {}
 
@@ -256,6 +259,7 @@ class RolloutDataModule(L.LightningDataModule):
     def close(self) -> None:
         """End the rollout thread, the engine's processes and the reward's. May be called twice."""
         session, self.session = self.session, None
+        self._send = None
         if session is not None:
             try:
                 # A checkpoint may still be asked for, as by `trainer.save_checkpoint` after `fit`.
@@ -337,22 +341,47 @@ class RolloutDataModule(L.LightningDataModule):
                 pass
             self._streams[name] = stream
 
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+    def update_weights(self, weights: Weights, version: int) -> None:
         """Give the engine new weights; tokens generated from now on bear ``version``.
 
         Args:
-            weights: full tensors under the checkpoint's names.
+            weights: begins a pass over them; all ranks must call this with theirs.
             version: the policy version that they are.
 
         Raises:
             WeightSyncError: they did not arrive.
         """
         assert self.exchange is not None
-        with self.exchange.leading():
-            if self.session is not None:
-                self.session.update_weights(weights, version)
+        if self._send is None and isinstance(self.engine, RankedSync):
+            self._send = self.engine.new_sender(weights, self.exchange.rank, self._run)
+        if self._send is None:
+            whole = self.whole_weights(weights)
+            with self.exchange.leading():
+                self._run(self.engine.update_weights(whole.items(), version))
+        else:
+            ranked = cast("RankedSync", self.engine)
+            with self.exchange.leading():
+                self._run(ranked.begin_update())
+            self._send()
+            with self.exchange.leading():
+                self._run(ranked.finish_update(version))
         if self.training is not None:
             self.training.advance(version)
+
+    def whole_weights(self, weights: Weights) -> dict[str, Tensor]:
+        """Copies of all weights in host memory, on rank 0; all ranks must ask."""
+        whole = {}
+        for name, tensor in weights():
+            if self.session is not None:
+                whole[name] = tensor.to("cpu", copy=True)
+        return whole
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """On the rollout thread; nothing on ranks that have none."""
+        if self.session is not None:
+            return self.session.call(work)
+        work.close()
+        return None
 
     def probe_sequences(self, count: int) -> tuple[list[str], list[list[int]]]:
         """Token sequences to compare engine and trainer on: trained ones, or else prompts.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from copris_lightning.core.buffer import CarryOverBuffer
@@ -117,10 +116,6 @@ class RolloutSession:
         )
         self._schedulers.append(scheduler)
         return scheduler
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace the engine's weights; see :class:`Engine`."""
-        self.call(self.engine.update_weights(weights, version))
 
     def record(self, trajectory: Trajectory) -> dict[str, Any]:
         """A trajectory as the ledger and predictions show it: plain values."""

@@ -25,6 +25,7 @@ from copris_lightning.datamodules.prompts import PromptStream
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.rollout.engine import Resting
 from copris_lightning.rollout.filters import ZeroVarianceFilter
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler, StageStats
 
@@ -178,6 +179,8 @@ class TrainingStream:
                 self._check_synced()
                 if not self._undivided:
                     self._session.call(self._collect(self.scheduler), watch=True)
+                if isinstance(self._session.engine, Resting):
+                    self._session.call(self._session.engine.rest())
             except BaseException as error:
                 self._exchange.abandon(error)
                 raise

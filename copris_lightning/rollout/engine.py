@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from copris_lightning.core.trajectory import FinishReason
+
+Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+"""Begins a pass over the trainer's full tensors under the checkpoint's names, tied ones once. All
+of the trainer's ranks have to go through a pass together."""
+
+Run = Callable[[Coroutine[Any, Any, Any]], Any]
+"""Runs a coroutine on the engine's loop, from another thread, and waits for its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,4 +141,45 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Free everything. May be called twice, and after a failure."""
+        ...
+
+
+@runtime_checkable
+class RankedSync(Protocol):
+    """An engine that can take weights from all of the trainer's ranks, with no copy in between."""
+
+    def new_sender(self, weights: Weights, rank: int, run: Run) -> Callable[[], None] | None:
+        """Make the sending side, on each rank; the engine has started.
+
+        Args:
+            weights: what is sent each time.
+            rank: of this process in the trainer; rank 0 has the engine.
+            run: on rank 0, reaches the engine.
+
+        Returns:
+            a function that sends the weights, to be called on each rank between
+            :meth:`begin_update` and :meth:`finish_update`; ``None`` if the engine is set to take
+            them by ``update_weights`` instead.
+        """
+        ...
+
+    async def begin_update(self) -> None:
+        """Be ready for weights.
+
+        Raises:
+            WeightSyncError: requests are in flight.
+        """
+        ...
+
+    async def finish_update(self, version: int) -> None:
+        """Drop what was computed with the old weights; new tokens bear ``version``."""
+        ...
+
+
+@runtime_checkable
+class Resting(Protocol):
+    """An engine that can leave its memory to the trainer."""
+
+    async def rest(self) -> None:
+        """Give memory away until the next request or update; no request may be in flight."""
         ...

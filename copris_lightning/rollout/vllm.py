@@ -6,35 +6,35 @@ import asyncio
 import importlib.metadata
 import importlib.util
 import os
-import shutil
-import socket
-import tempfile
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.lora import AdapterShape, adapter_shape, as_folder
+from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
+from copris_lightning.rollout.owner import OWNER_VARIABLE, this_process
+from copris_lightning.rollout.weight_files import hand_over_prefix, handed_over
 
 if TYPE_CHECKING:
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _SHUTDOWN_S = 20.0
 """How long the engine's processes may take to end by themselves, in seconds."""
 
-TRAINER_VARIABLE = "COPRIS_TRAINER"
-"""Tells the engine's processes of the trainer: its host, its process id, and how the paths of the
-directories begin through which it hands over weights; separated by bars."""
+Transport = Literal["files", "ipc", "nccl"]
 
 _OWN_ENGINE_ARGS = {
     "model": "model.init_args.model",
     "logprobs_mode": "nothing: behaviour log-probs must be those of the sampled distribution",
     "worker_extension_cls": "nothing: weights are loaded through it",
+    "weight_transfer_config": "engine.init_args.transport",
+    "enable_sleep_mode": "engine.init_args.sleep_level",
 }
 """Engine arguments that are not the user's to set, and what to change instead."""
 
@@ -50,6 +50,13 @@ class VLLMEngine:
         request_seeds: give every request its own random generator, which makes its tokens
             independent of what else is in the batch; slower. By default all share the engine's.
         sync_directory: where weights are handed over; shared memory if there is any.
+        transport: how weights come here. ``files`` writes them to ``sync_directory``, from
+            anything to anything. ``ipc`` hands over the trainer's GPU memory, to an engine on the
+            same GPUs; ``nccl`` sends to an engine on other GPUs. Both go through a bounded buffer
+            and are vLLM's own.
+        sleep_level: for an engine on the trainer's GPUs: between stages it gives its memory away,
+            the KV cache and the weights; 1 keeps a copy of the weights in host memory, 2 does not
+            (a sync has to come before the next stage). ``null`` keeps everything.
 
     Raises:
         ConfigurationError: an engine argument that does not exist or is not to be set.
@@ -63,8 +70,18 @@ class VLLMEngine:
         environment: dict[str, str | None] | None = None,
         request_seeds: bool = False,
         sync_directory: str | None = None,
+        transport: Transport = "files",
+        sleep_level: Literal[1, 2] | None = None,
     ) -> None:
+        if transport not in ("files", "ipc", "nccl"):
+            raise ConfigurationError(
+                f"engine.init_args.transport={transport!r} must be files, ipc or nccl"
+            )
+        if sleep_level not in (None, 1, 2):
+            raise ConfigurationError(f"engine.init_args.sleep_level={sleep_level} must be 1 or 2")
         self.engine_args = dict(engine_args or {})
+        self.transport = transport
+        self.sleep_level = sleep_level
         # Inherited thread counts can cost the CPU worker a factor of 30: it binds its threads
         # to the cores that it was given, and more threads than cores wait for each other.
         self.environment: dict[str, str | None] = {
@@ -76,6 +93,9 @@ class VLLMEngine:
         self.sync_directory = sync_directory
         self._version = 0
         self._llm: AsyncLLM | None = None
+        self._asleep = False
+        self._waking = asyncio.Lock()
+        self._adapter: LoRARequest | None = None
         for name, instead in _OWN_ENGINE_ARGS.items():
             if name in self.engine_args:
                 raise ConfigurationError(
@@ -113,6 +133,7 @@ class VLLMEngine:
                     f"engine.init_args.engine_args.{name}={value!r}: vLLM "
                     f"{_vllm_version()} has no such engine argument"
                 )
+        self._check_gpu()
         for name, needed, key in (
             ("max_num_seqs", spec.max_num_seqs, "data.init_args.cap"),
             ("max_model_len", spec.max_model_len, "data.init_args.max_new_tokens"),
@@ -122,6 +143,17 @@ class VLLMEngine:
                 raise ConfigurationError(
                     f"engine.init_args.engine_args.{name}={given} is below the {needed} that "
                     f"{key} asks for; leave it out or raise it"
+                )
+
+    def _check_gpu(self) -> None:
+        """Refuse what only GPUs can do where there are none."""
+        for name, value, plain in (
+            ("transport", self.transport, "files"),
+            ("sleep_level", self.sleep_level, None),
+        ):
+            if value != plain and not torch.cuda.is_available():
+                raise ConfigurationError(
+                    f"engine.init_args.{name}={value} needs a GPU, and there is none; leave it out"
                 )
 
     async def start(self, spec: EngineSpec) -> None:
@@ -139,11 +171,13 @@ class VLLMEngine:
             "model": spec.model,
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": self.worker_extension,
+            "enable_sleep_mode": self.sleep_level is not None,
         }
+        if self.transport != "files":
+            arguments["weight_transfer_config"] = {"backend": self.transport}
         try:
-            hand_over = str(self._hand_over_parent / self._prefix)
-            trainer = f"{socket.gethostname()}|{os.getpid()}|{hand_over}"
-            with _environment({**self.environment, TRAINER_VARIABLE: trainer}):
+            trainer = this_process(hand_over_prefix(self.sync_directory))
+            with _environment({**self.environment, OWNER_VARIABLE: trainer}):
                 self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
         except (ValueError, RuntimeError, OSError) as error:
             await self.close()
@@ -179,20 +213,78 @@ class VLLMEngine:
             )
 
     async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Write the weights to shared memory and have the workers load them."""
+        """Write the weights, or a LoRA adapter, to shared memory and have the workers load them."""
+        await self.begin_update()
+        llm = self._running()
+        tensors = dict(weights)
+        adapter = adapter_shape(tensors)
+        if adapter is not None:
+            _check_adapter(llm.vllm_config.lora_config, adapter)
+        with handed_over(tensors.items(), self.sync_directory) as path:
+            try:
+                if adapter is None:
+                    await llm.collective_rpc("load_trainer_weights", args=(str(path),))
+                else:
+                    await self._load_adapter(llm, str(as_folder(path, adapter)))
+            except Exception as error:  # vLLM passes a worker's error on as a bare Exception
+                raise WeightSyncError(f"vLLM could not load version {version}: {error}") from error
+        await self.finish_update(version)
+
+    def new_sender(self, weights: Weights, rank: int, run: Run) -> Callable[[], None] | None:
+        """See :class:`RankedSync`."""
+        if self.transport == "files":
+            return None
+        from copris_lightning.rollout.weight_transfer import new_sender
+
+        return new_sender(self.transport, weights, rank, self._llm, run)
+
+    async def begin_update(self) -> None:
+        """Wake the memory of the weights only, so that the old KV cache need not fit beside what
+        the update takes."""
         llm = self._running()
         if llm.get_num_unfinished_requests():
             raise WeightSyncError(
                 f"{llm.get_num_unfinished_requests()} requests are in flight during a sync"
             )
-        with self._handed_over(weights) as path:
-            try:
-                await llm.collective_rpc("load_trainer_weights", args=(str(path),))
-            except Exception as error:  # vLLM passes a worker's error on as a bare Exception
-                raise WeightSyncError(f"vLLM could not load version {version}: {error}") from error
+        if self._asleep:
+            await llm.wake_up(["weights"])
+
+    async def finish_update(self, version: int) -> None:
+        """Wake the KV cache and drop the prefixes computed with the old weights."""
+        llm = self._running()
+        if self._asleep:
+            await llm.wake_up(["kv_cache"])
+            self._asleep = False
         if not await llm.reset_prefix_cache():
             raise WeightSyncError("vLLM did not drop the prefixes computed with the old weights")
         self._version = version
+
+    async def rest(self) -> None:
+        """Give the GPU's memory to the trainer, if ``sleep_level`` says so."""
+        if self.sleep_level is not None and not self._asleep:
+            await self._running().sleep(self.sleep_level)
+            self._asleep = True
+
+    async def _wake(self) -> None:
+        """Be ready to generate, also where no sync came in between."""
+        async with self._waking:
+            if not self._asleep:
+                return
+            if self.sleep_level == 2:
+                raise EngineError(
+                    "engine.init_args.sleep_level=2 threw the weights away, and no sync has come "
+                    "since; use 1"
+                )
+            await self._running().wake_up()
+            self._asleep = False
+
+    async def _load_adapter(self, llm: AsyncLLM, folder: str) -> None:
+        """Replace the adapter that all requests from now on are answered with."""
+        from vllm.lora.request import LoRARequest
+
+        await llm.add_lora(LoRARequest("policy", 1, folder, load_inplace=True))
+        # Not loaded in place again: requests only name it, and its files will be gone.
+        self._adapter = LoRARequest("policy", 1, folder)
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
         """Log-probs at temperature 1 by vLLM's prefill. See :class:`Engine`."""
@@ -218,13 +310,20 @@ class VLLMEngine:
 
     async def explain_mismatch(self, weights: Iterable[tuple[str, Tensor]]) -> str:
         """Ask the workers which tensors differ from these weights."""
-        with self._handed_over(weights) as path:
+        tensors = dict(weights)
+        if adapter_shape(tensors) is not None:
+            return (
+                "the adapter had arrived; the engine's other weights, or its dtype, are not the "
+                "trainer's"
+            )
+        with handed_over(tensors.items(), self.sync_directory) as path:
             answers = await self._running().collective_rpc("explain_mismatch", args=(str(path),))
         return "; ".join(dict.fromkeys(answers))
 
     async def close(self) -> None:
         """Shut the engine's processes down, on the loop it lives on."""
         llm, self._llm = self._llm, None
+        self._asleep = False
         if llm is not None:
             llm.shutdown(timeout=_SHUTDOWN_S)
 
@@ -242,9 +341,12 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         llm = self._running()
+        if self._asleep:
+            await self._wake()
         try:
             prompt = tokens_input(list(token_ids))
-            async with aclosing(llm.generate(prompt, params, request_id)) as outputs:
+            stream = llm.generate(prompt, params, request_id, lora_request=self._adapter)
+            async with aclosing(stream) as outputs:
                 async for output in outputs:
                     yield output
         except EngineDeadError as error:
@@ -252,27 +354,23 @@ class VLLMEngine:
         except (EngineGenerateError, VLLMValidationError, ValueError) as error:
             raise EngineError(f"vLLM refused request {request_id}: {error}") from error
 
-    @property
-    def _hand_over_parent(self) -> Path:
-        shared = Path("/dev/shm")
-        default = shared if shared.is_dir() else Path(tempfile.gettempdir())
-        return Path(self.sync_directory) if self.sync_directory else default
 
-    @property
-    def _prefix(self) -> str:
-        """Begins the names of this process's directories: a worker can find those of a dead one."""
-        return f"copris-{os.getpid()}-"
+def _check_adapter(config: Any, adapter: AdapterShape) -> None:
+    """Refuse an adapter that an engine of this ``LoRAConfig`` would not, or not fully, apply.
 
-    @contextmanager
-    def _handed_over(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Path]:
-        """A safetensors file that lives as long as the block."""
-        directory = Path(tempfile.mkdtemp(prefix=self._prefix, dir=self._hand_over_parent))
-        try:
-            path = directory / "model.safetensors"
-            save_file({name: t.detach().cpu().contiguous() for name, t in weights}, path)
-            yield path
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
+    Left to itself vLLM prepares the output head for adapters, too, and its CPU kernel then cannot
+    score several sequences at once: hence the layers have to be named.
+    """
+    if (
+        config is None
+        or config.max_lora_rank < adapter.rank
+        or not set(config.target_modules or ()) >= set(adapter.layers)
+    ):
+        raise WeightSyncError(
+            "model.init_args.lora.sync=adapter: the engine is not prepared for this adapter; set "
+            "engine.init_args.engine_args.enable_lora=true, max_lora_rank to at least "
+            f"{adapter.rank} and lora_target_modules=[{', '.join(adapter.layers)}], or sync=merge"
+        )
 
 
 def _vllm_version() -> str:

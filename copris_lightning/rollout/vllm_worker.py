@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
-import shutil
-import signal
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import psutil  # comes with vLLM
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from copris_lightning.rollout.vllm import TRAINER_VARIABLE
+from copris_lightning.rollout.owner import end_with_owner
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Worker
@@ -28,6 +21,19 @@ else:
 
 class CoprisWorkerExtension(_Worker):
     """Methods that vLLM mixes into its worker class (``worker_extension_cls``)."""
+
+    def describe(self, path: str) -> dict[str, Any]:
+        """What a trainer must know of a server: how it was started, and whether it sees a file.
+
+        Returns:
+            ``logprobs_mode``; ``max_num_seqs``, of one data-parallel rank; ``sees_file``, whether
+            ``path`` exists here.
+        """
+        return {
+            "logprobs_mode": self.model_config.logprobs_mode,
+            "max_num_seqs": self.scheduler_config.max_num_seqs,
+            "sees_file": os.path.exists(path),
+        }
 
     def load_trainer_weights(self, path: str) -> None:
         """Load a safetensors file of full tensors under checkpoint names."""
@@ -106,45 +112,5 @@ def _is_head(module: nn.Module) -> bool:
     return isinstance(module, ParallelLMHead)
 
 
-def _is_alive(process: psutil.Process) -> bool:
-    """Whether it still runs; one that ended but that nobody waited for does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _end_with_trainer(host: str, trainer_pid: int, hand_over: str) -> None:
-    """Watch the trainer from a daemon thread: if it is killed, leave nothing behind.
-
-    Args:
-        host: the trainer's.
-        trainer_pid: its process.
-        hand_over: how the paths of the directories begin through which it sends weights.
-    """
-    if socket.gethostname() != host or os.getpid() == trainer_pid:
-        return  # another machine's process table says nothing about the trainer
-    core_pid = os.getppid()  # the engine's core, or the trainer itself
-    try:
-        trainer: psutil.Process | None = psutil.Process(trainer_pid)
-    except psutil.NoSuchProcess:
-        trainer = None
-
-    def watch() -> None:
-        while trainer is not None and _is_alive(trainer):
-            time.sleep(1.0)
-        # Killed with SIGKILL, the trainer could tell no one: drop weights it was sending, end
-        # the engine's core, then this process.
-        for directory in glob.glob(f"{glob.escape(hand_over)}*"):
-            shutil.rmtree(directory, ignore_errors=True)
-        if os.getppid() == core_pid != trainer_pid:
-            os.kill(core_pid, signal.SIGKILL)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="copris-trainer-watch", daemon=True).start()
-
-
-# A worker imports this module as soon as it starts: the trainer may be killed while it boots.
-if TRAINER_VARIABLE in os.environ:
-    _host, _pid, _prefix = os.environ[TRAINER_VARIABLE].split("|")
-    _end_with_trainer(_host, int(_pid), _prefix)
+# A worker imports this module as soon as it starts: its owner may be killed while it boots.
+end_with_owner()

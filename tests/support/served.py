@@ -1,0 +1,93 @@
+"""`copris serve` processes for tests that need real servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+
+DEADLINE_S = 240
+SMALL = [
+    *("--dtype", "float32", "--enforce-eager", "--kv-cache-memory-bytes", str(2**27)),
+    *("--max-model-len", "257", "--max-num-seqs", "32", "--disable-uvicorn-access-log"),
+    *("--stream-interval", "4"),
+]
+
+
+class Served:
+    """One server on a free port, in a session of its own."""
+
+    def __init__(self, checkpoint: Path, log: Path, core: int = 0) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        cores = sorted(os.sched_getaffinity(0))
+        command = [sys.executable, "-m", "copris_lightning", "serve", "--model", str(checkpoint)]
+        self.process = subprocess.Popen(
+            [*command, "--port", str(self.port), *SMALL],
+            # Each server's worker would bind itself to the same core.
+            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(cores[core % len(cores)])},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.started: list[psutil.Process] = []
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not self._answers():
+            assert self.process.poll() is None, self.log.read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.2)
+        server = psutil.Process(self.process.pid)
+        self.started = [server, *server.children(recursive=True)]
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def metric(self, name: str) -> float:
+        """The sum of a Prometheus metric over its labels."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith(f"{name}{{"))
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the server's own process, not to its engine's."""
+        os.kill(self.process.pid, number)
+
+    def alive(self) -> list[psutil.Process]:
+        return [p for p in self.started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def assert_nothing_left(self) -> None:
+        deadline = time.monotonic() + 30
+        while alive := self.alive():
+            assert time.monotonic() < deadline, (alive, self.log.read_text()[-3000:])
+            time.sleep(0.1)
+
+    def end(self) -> None:
+        """As gently as it lets itself be ended: killed at once, it would leave shared memory."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
