@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import yaml
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from copris_lightning.__main__ import main
 from copris_lightning.cli import CoprisCLI
 from copris_lightning.module import CoprisModule
 from copris_lightning.rollout.engine import EngineSpec
 from copris_lightning.rollout.vllm import VLLMEngine
+from copris_lightning.rollout.vllm_server import VLLMServerEngine
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 OVERLAYS = sorted((ROOT / "configs" / "overlays").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 SIMULATED = str(ROOT / "configs" / "simulated.yaml")
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 
@@ -95,6 +100,48 @@ def test_the_large_config_is_the_papers(tiny_checkpoint: Path, tmp_path: Path) -
     assert configured["lr_scheduler"]["interval"] == "step"
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_instantiated_and_its_launch_lines_fit_it(
+    recipe: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    head = re.sub(r"\\\n#\s+", "", recipe.read_text())
+    lines = re.findall(r"^#   (.*\bfit .*)$", head, re.M)
+    assert lines
+    for line in lines:
+        names = re.findall(r"--config (\S+)", line)
+        assert names == ["configs/deepscaler_1.5b.yaml", f"configs/recipes/{recipe.name}"]
+    args = [part for name in names for part in ("--config", str(ROOT / name))]
+    model = ["--model.init_args.model", str(tiny_checkpoint)]
+    cli = instantiate(*args, *model, *data_files(tmp_path))
+    trainer, data = cli.trainer, cli.datamodule
+    ranks = trainer.world_size
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        assert trainer.strategy._data_parallel_size == ranks
+    for line in lines:
+        sizes = dict(re.findall(r"--(nnodes|nproc-per-node|nodes|ntasks-per-node) (\d+)", line))
+        if sizes:
+            counts = [int(size) for size in sizes.values()]
+            assert math.prod(counts) == ranks, line
+    # Batches divide evenly, and validation comes after whole ones.
+    assert data.settings.batch_groups * data.settings.group_size % ranks == 0
+    per_batch = cli.config.trainer.accumulate_grad_batches
+    assert cli.config.trainer.val_check_interval == 20 * per_batch
+    engine = data.engine
+    if isinstance(engine, VLLMServerEngine):
+        lengths = re.findall(r"--max-model-len (\d+)", head)
+        assert lengths == [str(data.settings.max_sequence_tokens + 1)]
+        served = re.findall(r"serve --model (\S+)", head)
+        named = yaml.safe_load(recipe.read_text()).get("model", {}).get("init_args", {})
+        base = yaml.safe_load((ROOT / names[0]).read_text())["model"]["init_args"]
+        assert served == [named.get("model", base["model"])]
+        seats = re.findall(r"--max-num-seqs (\d+)", head)
+        assert int(seats[0]) * len(engine.urls) >= data.settings.cap
+    else:
+        assert set(engine.engine_args) <= {field.name for field in fields(AsyncEngineArgs)}
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda p: p.stem)
 def test_every_overlay_changes_what_it_says_and_nothing_else(
     overlay: Path, tiny_checkpoint: Path
@@ -108,13 +155,34 @@ def test_every_overlay_changes_what_it_says_and_nothing_else(
         "no_is": [
             ("model", "init_args", "ratio", {"class_path": "copris_lightning.UncorrectedRatio"})
         ],
+        "ddp": [("trainer", "devices", 2), ("trainer", "strategy", "ddp")],
+        "fsdp2": [
+            ("trainer", "devices", 2),
+            (
+                "trainer",
+                "strategy",
+                {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"},
+            ),
+        ],
+        "servers": [
+            (
+                "data",
+                "init_args",
+                "engine",
+                {"class_path": "copris_lightning.VLLMServerEngine"},
+            )
+        ],
+        "lora": [("model", "init_args", "lora", {"class_path": "copris_lightning.LoRA"})],
     }[overlay.stem]
     for *path, key, value in differences:
         for config in (plain, changed):
             for name in path:
                 config = config[name]
             config["seen"] = config.pop(key)
-        assert config["seen"] == value
+        seen = config["seen"]
+        if isinstance(value, dict):  # of an object it is the class that counts
+            seen = {"class_path": seen["class_path"]}
+        assert seen == value
     for *path, _key, _value in differences:
         for config in (plain, changed):
             for name in path:

@@ -8,12 +8,18 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 from copris_testing import digest
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from ranks import SCENARIOS, TIME_LIMIT_S, train
+
+from copris_lightning.errors import ConfigurationError
+from copris_lightning.parallel import check_strategy
 
 SUPPORT = Path(__file__).parent / "support"
 DEADLINE_S = 600
@@ -126,9 +132,26 @@ def test_a_reference_is_split_too_and_activations_may_be_recomputed(
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
 
 
-def test_a_resumed_fsdp2_run_goes_on_as_if_it_had_not_stopped(results: dict[str, Any]) -> None:
+def test_mixed_precision_is_the_same_with_split_weights(
+    results: dict[str, Any], alone: Any, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    leader, _ = outcomes(results, "fsdp2_in_mixed_precision")
+    # The very same micro-batches: their shapes decide how bf16 rounds.
+    options: Any = {"precision": "bf16-mixed", "accumulate_grad_batches": 4}
+    whole = train("one", tiny_checkpoint, tmp_path, **options)
+    for ours, theirs, exact in zip(
+        leader["gradients"], whole["gradients"], alone["gradients"], strict=True
+    ):
+        # Much nearer to each other than to full precision.
+        assert (ours - theirs).norm() <= 0.1 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("saved", ["fsdp2_resumed", "fsdp2_in_parts_resumed"])
+def test_a_resumed_fsdp2_run_goes_on_as_if_it_had_not_stopped(
+    results: dict[str, Any], saved: str
+) -> None:
     straight, _ = outcomes(results, "fsdp2")
-    resumed, _ = outcomes(results, "fsdp2_resumed")
+    resumed, _ = outcomes(results, saved)
     assert resumed["ledger"] == straight["ledger"]
     assert resumed["losses"] == pytest.approx(straight["losses"][2:], abs=1e-6)
     assert {n: digest(w) for n, w in resumed["weights"][-1].items()} == {
@@ -160,6 +183,24 @@ def test_a_broken_trajectory_on_one_rank_makes_all_start_again(results: dict[str
     assert 0 < len(excluded) < len(leader["ledger"])
     assert leader["losses"] == other["losses"]
     assert all(torch.isfinite(g).sum() > 0 for g in leader["gradients"])
+
+
+def test_fsdp2_without_sizes_is_told_them(results: dict[str, Any]) -> None:
+    for message in outcomes(results, "fsdp2_without_sizes"):
+        assert "tensor_parallel_size=2" in message
+        assert "data_parallel_size=2, the number of ranks" in message
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2"])
+def test_a_strategy_that_needs_a_gpu_says_what_is_missing(strategy: str) -> None:
+    with pytest.raises((ValueError, MisconfigurationException), match=r"GPU|install"):
+        L.Trainer(accelerator="cpu", strategy=strategy, logger=False)
+
+
+def test_a_strategy_whose_weights_cannot_be_had_is_refused() -> None:
+    trainer: Any = SimpleNamespace(strategy=object())
+    with pytest.raises(ConfigurationError, match=r"trainer\.strategy=object.* use auto, ddp"):
+        check_strategy(trainer)
 
 
 def test_a_failure_on_rank_0_ends_the_others_too(results: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from copris_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "CONTRIBUTING.md", "docs/estimator.md")
+DOCS = ("README.md", "CONTRIBUTING.md", "docs/estimator.md", "docs/scaling.md")
 
 
 def blocks(language: str) -> list[str]:

@@ -27,7 +27,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from copris_lightning.core.penalties import KLPenalty
-from copris_lightning.errors import RewardError, RolloutError
+from copris_lightning.errors import ConfigurationError, RewardError, RolloutError
 from copris_lightning.parallel import full_weights
 from copris_lightning.policy import Policy
 from copris_lightning.pretrained import load_model
@@ -48,6 +48,8 @@ def strategies() -> dict[str, Any]:
         "one": "auto",
         "ddp": DDPStrategy(),
         "fsdp2": ModelParallelStrategy(2, 1, save_distributed_checkpoint=False),
+        "fsdp2_in_parts": ModelParallelStrategy(2, 1, save_distributed_checkpoint=True),
+        "fsdp2_without_sizes": ModelParallelStrategy(),
     }
 
 
@@ -131,14 +133,36 @@ def fsdp2_with_a_reference(checkpoint: Path, directory: Path) -> Any:
     return train("fsdp2", checkpoint, directory, model=model)
 
 
-@scenario
-def fsdp2_resumed(checkpoint: Path, directory: Path) -> Any:
+def resume(strategy: str, checkpoint: Path, directory: Path) -> Any:
     keep = ModelCheckpoint(directory, filename="at-{step}", save_top_k=-1, every_n_train_steps=1)
     options: dict[str, Any] = {"enable_checkpointing": True, "callbacks": [keep]}
-    train("fsdp2", checkpoint, directory, **{**options, "max_steps": 2})
-    return train(
-        "fsdp2", checkpoint, directory, ckpt_path=directory / "at-step=2.ckpt", callbacks=[]
-    )
+    train(strategy, checkpoint, directory, **{**options, "max_steps": 2})
+    return train(strategy, checkpoint, directory, ckpt_path=directory / "at-step=2.ckpt")
+
+
+@scenario
+def fsdp2_resumed(checkpoint: Path, directory: Path) -> Any:
+    return resume("fsdp2", checkpoint, directory)
+
+
+@scenario
+def fsdp2_in_parts_resumed(checkpoint: Path, directory: Path) -> Any:
+    """Each rank saves its own part of weights and optimizer states."""
+    return resume("fsdp2_in_parts", checkpoint, directory)
+
+
+@scenario
+def fsdp2_without_sizes(checkpoint: Path, directory: Path) -> Any:
+    try:
+        train("fsdp2_without_sizes", checkpoint, directory)
+    except ConfigurationError as error:
+        return str(error)
+    raise AssertionError("nothing was raised")
+
+
+@scenario
+def fsdp2_in_mixed_precision(checkpoint: Path, directory: Path) -> Any:
+    return train("fsdp2", checkpoint, directory, precision="bf16-mixed")
 
 
 @scenario
