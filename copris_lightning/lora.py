@@ -78,6 +78,12 @@ class LoRA:
             )
         self._layers(model)
 
+    def shape(self, model: Any) -> AdapterShape | None:
+        """Of the adapters that the engine gets; ``None`` if it gets whole weights."""
+        if self.sync == "merge":
+            return None
+        return AdapterShape(self.rank, _ends(self._layers(model)))
+
     def insert(self, model: Any) -> None:
         """Put adapters into a language model, in place, and freeze all other weights."""
         from peft import LoraConfig, inject_adapter_in_model
@@ -109,10 +115,9 @@ class LoRA:
         for target in self.target_modules:
             matched = [name for name in linear if f".{name}".endswith(f".{target}")]
             if not matched:
-                ends = sorted({name.rpartition(".")[2] for name in linear})
                 raise ConfigurationError(
                     f"{KEY}.target_modules: no linear layer's name ends with {target!r} (the "
-                    f"head's does not count); the model has {', '.join(ends)}"
+                    f"head's does not count); the model has {', '.join(_ends(linear))}"
                 )
             chosen |= dict.fromkeys(matched)
         if not chosen:
@@ -180,7 +185,11 @@ def adapter_shape(weights: Mapping[str, Tensor]) -> AdapterShape | None:
     if not ranks:
         return None
     (rank,) = ranks
-    return AdapterShape(rank, tuple(sorted({name.rsplit(".", 3)[1] for name in weights})))
+    return AdapterShape(rank, _ends(name.rsplit(".", 2)[0] for name in weights))
+
+
+def _ends(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted({name.rpartition(".")[2] for name in names}))
 
 
 def as_folder(file: Path, shape: AdapterShape) -> Path:

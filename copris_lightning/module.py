@@ -24,7 +24,7 @@ from copris_lightning.core.normalization import NORMALIZATIONS, NormalizationNam
 from copris_lightning.core.penalties import KLPenalty
 from copris_lightning.core.ratios import Ratio, TokenRatio, TokenTerms
 from copris_lightning.errors import ConfigurationError, QuarantineError
-from copris_lightning.lora import LoRA, without_adapters
+from copris_lightning.lora import AdapterShape, LoRA, without_adapters
 from copris_lightning.parallel import full_weights, shard
 from copris_lightning.policy import Policy
 from copris_lightning.pretrained import empty_model, load_config, load_model
@@ -304,6 +304,11 @@ class CoprisModule(L.LightningModule):
             root.clip_grad_norm_(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    @property
+    def adapter(self) -> AdapterShape | None:
+        """What the engine gets in place of whole weights, if it does."""
+        return None if self.lora is None else self.lora.shape(empty_model(self.model))
 
     def named_weights(self, root: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
         """The policy's full tensors under the checkpoint's names, tied ones once.

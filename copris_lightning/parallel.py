@@ -102,9 +102,9 @@ def full_weights(model: nn.Module, root: nn.Module) -> Iterator[tuple[str, Tenso
         if isinstance(parameter, DTensor):
             yield name, parameter.full_tensor().detach()
         elif hasattr(parameter, "ds_id"):  # split by DeepSpeed's ZeRO-3
-            from deepspeed.zero import GatheredParameters
+            import deepspeed
 
-            with GatheredParameters([parameter]):
+            with deepspeed.zero.GatheredParameters([parameter]):
                 yield name, parameter.detach()
         else:
             yield name, parameter.detach()

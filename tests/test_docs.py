@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ import pytest
 from copris_lightning.__main__ import main
 
 ROOT = Path(__file__).parents[1]
-DOCS = ("README.md", "CONTRIBUTING.md", "docs/estimator.md", "docs/scaling.md")
+DOCS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")))
 
 
-def blocks(language: str) -> list[str]:
-    text = "\n".join((ROOT / name).read_text() for name in DOCS)
+def blocks(language: str, documents: Sequence[str] = DOCS) -> list[str]:
+    text = "\n".join((ROOT / name).read_text() for name in documents)
     return re.findall(rf"```{language}\n(.*?)```", text, re.S)
 
 
@@ -31,7 +32,7 @@ def shell_commands() -> list[str]:
 @pytest.fixture
 def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> Path:
     """A directory with the files that the README has its reader write."""
-    python, script = blocks("python")
+    python, script = blocks("python", ["README.md"])
     (tmp_path / "my_task.py").write_text(python)
     local = str(tiny_checkpoint)
     (yaml,) = (b for b in blocks("yaml") if "my_run.yaml" in b)
@@ -54,7 +55,11 @@ FIT = [
 ]
 
 
-@pytest.mark.parametrize("command", [c for c in shell_commands() if c.startswith("copris ")])
+RUNS = [c for c in shell_commands() if c.startswith("copris ") and "serve" not in c]
+SERVERS = [c for c in shell_commands() if c.startswith("copris serve ")]
+
+
+@pytest.mark.parametrize("command", RUNS)
 def test_commands_of_the_documents_are_understood(
     command: str, newcomer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,6 +67,43 @@ def test_commands_of_the_documents_are_understood(
         main([*shlex.split(command)[1:], "--print_config"])
     assert stop.value.code == 0
     assert "RolloutDataModule" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", SERVERS)
+def test_servers_of_the_documents_are_started_with_options_that_vllm_knows(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    started: list[str] = []
+    monkeypatch.setattr(os, "execve", lambda program, args, environment: started.extend(args))
+    main(shlex.split(command)[1:])
+    parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(started[3:])
+    assert parsed.port == 8000
+
+
+def test_the_checkpoint_that_the_page_on_lora_saves_is_the_merged_model(
+    newcomer: Path, tiny_checkpoint: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from copris_lightning import CoprisModule, LoRA
+
+    [block] = blocks("python", ["docs/lora.md"])
+    trained = CoprisModule(str(tiny_checkpoint), lora=LoRA(rank=16))
+    trained.configure_model()
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.01)
+    torch.save({"state_dict": trained.state_dict()}, newcomer / "last.ckpt")
+    names = {"torch": torch, "CoprisModule": CoprisModule, "LoRA": LoRA}
+    local = block.replace("Qwen/Qwen3-0.6B", str(tiny_checkpoint))
+    exec(local, {**names, "AutoModelForCausalLM": AutoModelForCausalLM})
+    saved = AutoModelForCausalLM.from_pretrained(newcomer / "trained", dtype="float32")
+    for name, tensor in trained.named_weights():
+        assert torch.equal(saved.get_parameter(name), tensor)
 
 
 OVERLAYS = [block for block in blocks("yaml") if "my_run.yaml" not in block]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import random
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -33,8 +31,9 @@ from copris_lightning import (
 )
 from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.trajectory import Segment, Trajectory
-from copris_lightning.errors import ConfigurationError, WeightSyncError
+from copris_lightning.errors import ConfigurationError
 from copris_lightning.lora import AdapterShape, adapter_shape, as_folder, without_adapters
+from copris_lightning.rollout.engine import EngineSpec
 
 CHOSEN = LoRA(rank=4, alpha=6.0, target_modules=["q_proj", "mlp.down_proj"])
 
@@ -145,7 +144,7 @@ def test_adapters_are_written_as_peft_reads_them(tiny_checkpoint: Path, tmp_path
     adapter = {name: tensor.contiguous() for name, tensor in module.named_weights()}
     save_file(adapter, tmp_path / "model.safetensors")
     shape = adapter_shape(adapter)
-    assert shape == AdapterShape(4, ("down_proj", "q_proj"))
+    assert shape == module.adapter == AdapterShape(4, ("down_proj", "q_proj"))
     assert as_folder(tmp_path / "model.safetensors", shape) == tmp_path
     assert adapter_shape(dict(module.policy.model.named_parameters())) is None
     plain = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
@@ -279,12 +278,7 @@ class Scores(L.Callback):
 def test_the_engine_computes_with_the_trained_adapters(
     sync: str, tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:
-    arguments: dict[str, Any] = {
-        "enable_lora": True,
-        "max_lora_rank": 8,
-        "lora_target_modules": ["q_proj", "down_proj"],
-    }
-    engine = VLLMEngine({**cpu_engine_args, **(arguments if sync == "adapter" else {})})
+    engine = VLLMEngine(cpu_engine_args)
     module = CoprisModule(
         str(tiny_checkpoint),
         lora=LoRA(CHOSEN.rank, CHOSEN.alpha, CHOSEN.target_modules, sync=sync),
@@ -324,32 +318,20 @@ def test_the_engine_computes_with_the_trained_adapters(
     assert float(trainer.callback_metrics["staleness/lag_max"]) > 0
 
 
-ADAPTER = {"base_model.model.q_proj.lora_A.weight": torch.zeros(24, 8)}
-
-
 @pytest.mark.parametrize(
-    "prepared",
+    ("engine", "rank", "message"),
     [
-        None,
-        SimpleNamespace(max_lora_rank=16, target_modules=["q_proj"]),
-        SimpleNamespace(max_lora_rank=32, target_modules=["v_proj"]),
-        SimpleNamespace(max_lora_rank=32, target_modules=None),
+        (VLLMServerEngine(["http://127.0.0.1:1"]), 8, "servers take whole weights only"),
+        (VLLMEngine(), 513, r"lora\.rank=513: vLLM takes at most 512"),
     ],
 )
-def test_an_engine_not_prepared_for_the_adapter_says_what_to_set(prepared: Any) -> None:
-    engine = VLLMEngine()
-    engine._llm = SimpleNamespace(  # type: ignore[assignment]
-        get_num_unfinished_requests=lambda: 0, vllm_config=SimpleNamespace(lora_config=prepared)
-    )
-    expected = r"enable_lora=true, max_lora_rank to at least 24 and lora_target_modules=\[q_proj\]"
-    with pytest.raises(WeightSyncError, match=expected):
-        asyncio.run(engine.update_weights(ADAPTER.items(), 1))
-
-
-def test_servers_refuse_adapters() -> None:
-    servers = VLLMServerEngine(["http://127.0.0.1:1"])
-    with pytest.raises(WeightSyncError, match=r"servers take whole weights only; set sync=merge"):
-        asyncio.run(servers.update_weights(ADAPTER.items(), 1))
+def test_engines_refuse_adapters_that_they_cannot_take(
+    engine: Any, rank: int, message: str, tiny_checkpoint: Path
+) -> None:
+    module = CoprisModule(str(tiny_checkpoint), lora=LoRA(rank, sync="adapter"))
+    spec = EngineSpec(str(tiny_checkpoint), 4, 64, vocab_size=98, adapter=module.adapter)
+    with pytest.raises(ConfigurationError, match=message):
+        engine.validate(spec)
 
 
 @pytest.mark.parametrize(

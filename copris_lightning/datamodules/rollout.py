@@ -7,8 +7,6 @@ from itertools import islice
 from typing import Any, Literal, TypeVar, cast
 
 import lightning as L
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -16,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from copris_lightning.core.advantage import grpo
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.datamodules.checks import check_epochs, check_estimator, check_sync
 from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
-from copris_lightning.datamodules.protocols import RolloutListener, WeightSyncer
+from copris_lightning.datamodules.protocols import RolloutListener
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.training import TrainingStream
@@ -208,16 +207,9 @@ class RolloutDataModule(L.LightningDataModule):
         )
         if stage == "fit":
             shape.check(self.settings.batch_groups, self.settings.group_size)
-            self._check_estimator()
-            self._check_epochs(shape)
-        syncers = [c for c in self._callbacks if isinstance(c, WeightSyncer)]
-        if not syncers:
-            raise ConfigurationError(
-                "trainer.callbacks has no copris_lightning.WeightSync: the engine would generate "
-                "with the weights it booted with, whatever was trained or restored"
-            )
-        for syncer in syncers:
-            syncer.check(self.trainer)
+            check_estimator(self.trainer, self.settings)
+            check_epochs(self.trainer, shape)
+        check_sync(self.trainer)
         spec = EngineSpec(
             model=self.model,
             max_num_seqs=self.settings.cap,
@@ -225,6 +217,7 @@ class RolloutDataModule(L.LightningDataModule):
             max_model_len=min(self.settings.max_sequence_tokens + 1, context_length(config)),
             vocab_size=len(tokenizer),
             seed=self.settings.seed,
+            adapter=getattr(self.trainer.lightning_module, "adapter", None),
         )
         self.engine.validate(spec)
         self._probe_tokens = spec.max_model_len - 1
@@ -267,52 +260,6 @@ class RolloutDataModule(L.LightningDataModule):
             finally:
                 self.training = None
                 session.close()
-
-    def _check_estimator(self) -> None:
-        """Refuse what would spoil the importance ratio, and ratios that will not be known."""
-        assert self.trainer is not None
-        precision = str(self.trainer.precision)
-        if precision in ("16-true", "bf16-true"):
-            raise ConfigurationError(
-                f"trainer.precision={precision} would round log-probs and advantages; set it to "
-                "32-true or bf16-mixed, and model.init_args.dtype=bfloat16 for such weights"
-            )
-        module: Any = self.trainer.lightning_module
-        estimator = getattr(module, "estimator", None)
-        if estimator is None:
-            return  # WeightSync refuses the module
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and estimator.kl:
-            raise ConfigurationError(
-                "model.init_args.kl: DeepSpeed's ZeRO-3 cannot hold a reference policy, which is "
-                "not trained; use ModelParallelStrategy (FSDP2) or deepspeed_stage_2"
-            )
-        if estimator.needs_mismatch and self.settings.behavior_logprobs == "engine":
-            raise ConfigurationError(
-                f"{KEY}.behavior_logprobs=engine: model.init_args.corrections of the mismatch "
-                "between engine and trainer need the trainer's log-probs too; set it to trainer"
-            )
-
-    def _check_epochs(self, shape: BatchShape) -> None:
-        """Refuse epochs that end within a batch: Lightning steps there, on a part of it."""
-        trainer = self.trainer
-        assert trainer is not None
-        if any(isinstance(c, GradientAccumulationScheduler) for c in self._callbacks):
-            raise ConfigurationError(
-                "trainer.callbacks has a GradientAccumulationScheduler: batches are divided once, "
-                "by trainer.accumulate_grad_batches"
-            )
-        limit = trainer.limit_train_batches
-        per_batch = shape.updates * shape.micro_batches
-        is_dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if is_dry or trainer.max_epochs == 1 or not isinstance(limit, int):
-            return
-        if limit % per_batch:
-            raise ConfigurationError(
-                f"trainer.limit_train_batches={limit} ends an epoch within a batch of {per_batch} "
-                f"micro-batches (trainer.accumulate_grad_batches={shape.micro_batches} x "
-                f"{KEY}.updates_per_batch={shape.updates}); give a multiple of {per_batch}"
-            )
 
     def _open_streams(self, stage: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the prompt streams of a command and look at every prompt."""

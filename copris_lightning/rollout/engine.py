@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from copris_lightning.core.trajectory import FinishReason
+from copris_lightning.lora import AdapterShape
 
 Weights = Callable[[], Iterator[tuple[str, Tensor]]]
 """Begins a pass over the trainer's full tensors under the checkpoint's names, tied ones once. All
@@ -68,6 +69,7 @@ class EngineSpec:
         max_model_len: longest prompt plus response, in tokens.
         vocab_size: tokens that the tokenizer knows.
         seed: of the engine's sampling.
+        adapter: the LoRA adapters that syncs bring; ``None`` if they bring whole weights.
     """
 
     model: str
@@ -75,6 +77,7 @@ class EngineSpec:
     max_model_len: int
     vocab_size: int
     seed: int = 0
+    adapter: AdapterShape | None = None
 
 
 @runtime_checkable

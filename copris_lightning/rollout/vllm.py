@@ -29,6 +29,9 @@ _SHUTDOWN_S = 20.0
 
 Transport = Literal["files", "ipc", "nccl"]
 
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's ``max_lora_rank`` can be."""
+
 _OWN_ENGINE_ARGS = {
     "model": "model.init_args.model",
     "logprobs_mode": "nothing: behaviour log-probs must be those of the sampled distribution",
@@ -134,6 +137,8 @@ class VLLMEngine:
                     f"{_vllm_version()} has no such engine argument"
                 )
         self._check_gpu()
+        if spec.adapter is not None:
+            self._check_adapter(spec.adapter)
         for name, needed, key in (
             ("max_num_seqs", spec.max_num_seqs, "data.init_args.cap"),
             ("max_model_len", spec.max_model_len, "data.init_args.max_new_tokens"),
@@ -144,6 +149,20 @@ class VLLMEngine:
                     f"engine.init_args.engine_args.{name}={given} is below the {needed} that "
                     f"{key} asks for; leave it out or raise it"
                 )
+
+    def _check_adapter(self, adapter: AdapterShape) -> None:
+        """Refuse what does not go with syncs that bring adapters alone."""
+        if adapter.rank > _LORA_RANKS[-1]:
+            raise ConfigurationError(
+                f"model.init_args.lora.rank={adapter.rank}: vLLM takes at most {_LORA_RANKS[-1]}; "
+                "lower it, or set model.init_args.lora.sync=merge"
+            )
+        if self.transport != "files" or self.sleep_level == 2:
+            raise ConfigurationError(
+                "model.init_args.lora.sync=adapter goes with engine.init_args.transport=files "
+                f"(not {self.transport}) and with an engine that keeps its own weights (not "
+                "sleep_level=2); set these, or sync=merge"
+            )
 
     def _check_gpu(self) -> None:
         """Refuse what only GPUs can do where there are none."""
@@ -167,6 +186,7 @@ class VLLMEngine:
             "max_model_len": spec.max_model_len,
             "seed": spec.seed,
             "disable_log_stats": True,
+            **_adapter_arguments(spec.adapter),
             **self.engine_args,
             "model": spec.model,
             "logprobs_mode": "processed_logprobs",
@@ -218,8 +238,6 @@ class VLLMEngine:
         llm = self._running()
         tensors = dict(weights)
         adapter = adapter_shape(tensors)
-        if adapter is not None:
-            _check_adapter(llm.vllm_config.lora_config, adapter)
         with handed_over(tensors.items(), self.sync_directory) as path:
             try:
                 if adapter is None:
@@ -355,22 +373,17 @@ class VLLMEngine:
             raise EngineError(f"vLLM refused request {request_id}: {error}") from error
 
 
-def _check_adapter(config: Any, adapter: AdapterShape) -> None:
-    """Refuse an adapter that an engine of this ``LoRAConfig`` would not, or not fully, apply.
-
-    Left to itself vLLM prepares the output head for adapters, too, and its CPU kernel then cannot
-    score several sequences at once: hence the layers have to be named.
-    """
-    if (
-        config is None
-        or config.max_lora_rank < adapter.rank
-        or not set(config.target_modules or ()) >= set(adapter.layers)
-    ):
-        raise WeightSyncError(
-            "model.init_args.lora.sync=adapter: the engine is not prepared for this adapter; set "
-            "engine.init_args.engine_args.enable_lora=true, max_lora_rank to at least "
-            f"{adapter.rank} and lora_target_modules=[{', '.join(adapter.layers)}], or sync=merge"
-        )
+def _adapter_arguments(adapter: AdapterShape | None) -> dict[str, Any]:
+    """The engine arguments that prepare vLLM for an adapter."""
+    if adapter is None:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_lora_rank": min(rank for rank in _LORA_RANKS if rank >= adapter.rank),
+        # Left to itself vLLM prepares the output head, too, and its CPU kernel then cannot score
+        # several sequences at once.
+        "lora_target_modules": list(adapter.layers),
+    }
 
 
 def _vllm_version() -> str:

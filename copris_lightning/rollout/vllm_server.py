@@ -17,7 +17,6 @@ import aiohttp
 from torch import Tensor
 
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-from copris_lightning.lora import adapter_shape
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
 from copris_lightning.rollout.vllm_client import (
     LostError,
@@ -95,6 +94,10 @@ class VLLMServerEngine:
         Raises:
             ConfigurationError: names the setting that cannot work.
         """
+        if spec.adapter is not None:
+            raise ConfigurationError(
+                "model.init_args.lora.sync=adapter: servers take whole weights only; set sync=merge"
+            )
         if not self.urls:
             raise ConfigurationError(f"{KEY}.urls=[] names no server")
         for url in self.urls:
@@ -182,13 +185,8 @@ class VLLMServerEngine:
         in_flight = sum(server.in_flight for server in self._servers)
         if in_flight:
             raise WeightSyncError(f"{in_flight} requests are in flight during a sync")
-        tensors = dict(weights)
-        if adapter_shape(tensors) is not None:
-            raise WeightSyncError(
-                "model.init_args.lora.sync=adapter: servers take whole weights only; set sync=merge"
-            )
         await _all(self._readmit(server) for server in self._servers if server.lost)
-        with handed_over(tensors.items(), self.sync_directory) as path:
+        with handed_over(weights, self.sync_directory) as path:
             await self._on_all(lambda server: server.load(path))
         self._version = version
 

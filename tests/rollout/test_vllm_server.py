@@ -297,10 +297,11 @@ def test_requests_that_a_server_refuses_are_named(synced: Connected) -> None:
         call(generate(engine, tuple(range(2, 90)) * 3, n=10))
 
 
+@pytest.mark.usefixtures("synced")  # a server's first request takes long
 def test_a_server_that_hangs_is_left_out_until_the_next_sync(
     connect: Callable[..., Connected], servers: list[Served], model: Any
 ) -> None:
-    engine, call = connect(stall_timeout_s=3.0, connect_timeout_s=3.0)
+    engine, call = connect(stall_timeout_s=6.0, connect_timeout_s=3.0)
     call(engine.update_weights(model.named_parameters(), 1))
 
     async def hang_in_the_middle() -> list[Any]:
@@ -312,7 +313,7 @@ def test_a_server_that_hangs_is_left_out_until_the_next_sync(
 
     try:
         responses = call(hang_in_the_middle())
-        assert "silent for 3 s" in (engine._servers[0].lost or "")
+        assert "silent for 6 s" in (engine._servers[0].lost or "")
         # Nobody noticed: every response is whole, and its tokens are the policy's.
         assert [(len(ids), reason) for ids, _, reason in responses] == [(200, "length")] * 8
         assert_made_by(model, responses)
@@ -406,7 +407,7 @@ def test_a_run_survives_its_servers_down_to_the_last_and_then_keeps_its_buffer(
     callbacks = [reaper, OnExceptionCheckpoint(tmp_path)]
     with pytest.raises(EngineError, match=r"no server of data\.init_args\.engine") as error:
         fit(tiny_checkpoint, tmp_path, engine, steps=50, callbacks=callbacks)
-    assert time.monotonic() - reaper.last < 30
+    assert time.monotonic() - reaper.last < 60
     assert all(url in str(error.value) for url in engine.urls)
     for server in servers:  # neither SIGKILL nor SIGTERM leaves an engine behind
         server.assert_nothing_left()
@@ -429,17 +430,17 @@ def test_a_run_survives_its_servers_down_to_the_last_and_then_keeps_its_buffer(
         theirs = torch.tensor(segment.logprobs)[: len(ours)]
         assert not len(ours) or (ours - theirs).abs().max() < 1e-4
 
-    # The run goes on from there with any engine: nothing is trained on twice, and what was
-    # generated before is.
-    resumed = {"ckpt_path": tmp_path / "on_exception.ckpt", "weights_only": True}
-    fit(tiny_checkpoint, tmp_path, SimulatedEngine(), steps=8, callbacks=[], **resumed)
+    # The same run again goes on from there, with any engine: nothing is trained on twice, and
+    # what was generated before is.
+    again: list[L.Callback] = [OnExceptionCheckpoint(tmp_path)]
+    fit(tiny_checkpoint, tmp_path, SimulatedEngine(), steps=8, callbacks=again, weights_only=True)
     records = ledger(tmp_path)
     assert len(records) == 8 * 8
     trained = {(r["prompt_id"], r["sample"]): r["segments"][0] for r in records}
     assert len(trained) == len(records)
     begun = {(t.prompt_id, t.sample): t.segments[0] for t in kept if t.segments}
-    again = [name for name in begun if name in trained]
-    assert len(again) > len(begun) // 2
-    for name in again:
+    finished = [name for name in begun if name in trained]
+    assert len(finished) > len(begun) // 2
+    for name in finished:
         assert trained[name]["version"] == begun[name].version
         assert trained[name]["tokens"] >= len(begun[name])

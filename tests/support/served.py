@@ -74,7 +74,7 @@ class Served:
         return [p for p in self.started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def assert_nothing_left(self) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while alive := self.alive():
             assert time.monotonic() < deadline, (alive, self.log.read_text()[-3000:])
             time.sleep(0.1)
