@@ -73,7 +73,7 @@ def test_commands_of_the_documents_are_understood(
 def test_servers_of_the_documents_are_started_with_options_that_vllm_knows(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     started: list[str] = []
