@@ -39,6 +39,7 @@ def main(args: Sequence[str] | None = None) -> int:
             subclass_mode_model=True,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
+            parser_kwargs={"epilog": "`copris serve --help` is about vLLM servers for rollouts."},
             seed_everything_default=0,
             # The module takes optimizer and schedule itself, and steps the schedule per step.
             auto_configure_optimizers=False,

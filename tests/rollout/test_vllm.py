@@ -101,8 +101,9 @@ def test_after_a_sync_the_engine_computes_with_the_new_weights(
         path = request.getfixturevalue("untied_checkpoint")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     engine, call = running_vllm
-    prompt = (5, 6, 7, 8)
-    # The same prompt before and after: prefixes cached under the old weights must be gone.
+    # The same prompt before and after, longer than a block of the KV cache: prefixes cached under
+    # the old weights must be gone.
+    prompt = tuple(2 + i % 90 for i in range(140))
     for version in range(engine.version + 1, engine.version + 3):
         with torch.no_grad():
             for parameter in model.parameters():
