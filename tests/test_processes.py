@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from served import is_alive
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 240
@@ -34,14 +35,6 @@ def command(checkpoint: Path, *args: str) -> list[str]:
         *changes,
         *args,
     ]
-
-
-def is_alive(process: psutil.Process) -> bool:
-    """A process that ended and that nobody waits for (no init in the container) is not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 class Run:

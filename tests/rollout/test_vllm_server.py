@@ -336,10 +336,11 @@ SIZES: dict[str, Any] = {"group_size": 2, "batch_groups": 4, "max_new_tokens": 9
 
 
 class Reaper(L.Callback):
-    """Kills the first server in the third stage, and ends the second in the fifth."""
+    """Kills the first server in the third stage, or soon after, and ends the second two later."""
 
     def __init__(self, servers: list[Served]) -> None:
-        self.plan = {2: (servers[0], signal.SIGKILL), 4: (servers[1], signal.SIGTERM)}
+        self.plan = list(zip(servers, (signal.SIGKILL, signal.SIGTERM), strict=True))
+        self.next = 2
         self.stage = 0
         self.chunks = 0
         self.tokens = 0
@@ -354,8 +355,10 @@ class Reaper(L.Callback):
         if event.kind == "chunk":
             self.tokens += event.tokens
             self.chunks += 1
-            if self.chunks == 40 and self.stage in self.plan:
-                server, number = self.plan[self.stage]
+            # Not every stage has many chunks: groups may be left over from the one before.
+            if self.plan and self.stage >= self.next and self.chunks >= 20:
+                server, number = self.plan.pop(0)
+                self.next = self.stage + 2
                 server.signal(number)
                 self.last = time.monotonic()
 
@@ -414,7 +417,8 @@ def test_a_run_survives_its_servers_down_to_the_last_and_then_keeps_its_buffer(
 
     # Two stages on both servers, one in which one died, one on the other alone.
     records = ledger(tmp_path)
-    assert len(records) == 4 * 8
+    assert reaper.stage >= 4
+    assert len(records) == reaper.stage * 8
     state = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["RolloutDataModule"]
     buffer = CarryOverBuffer(cap=20, stop_token_ids=[STOP], **SIZES)
     buffer.load_state_dict(state["buffer"])
@@ -433,9 +437,11 @@ def test_a_run_survives_its_servers_down_to_the_last_and_then_keeps_its_buffer(
     # The same run again goes on from there, with any engine: nothing is trained on twice, and
     # what was generated before is.
     again: list[L.Callback] = [OnExceptionCheckpoint(tmp_path)]
-    fit(tiny_checkpoint, tmp_path, SimulatedEngine(), steps=8, callbacks=again, weights_only=True)
+    steps = reaper.stage + 4
+    options: dict[str, Any] = {"steps": steps, "callbacks": again, "weights_only": True}
+    fit(tiny_checkpoint, tmp_path, SimulatedEngine(), **options)
     records = ledger(tmp_path)
-    assert len(records) == 8 * 8
+    assert len(records) == steps * 8
     trained = {(r["prompt_id"], r["sample"]): r["segments"][0] for r in records}
     assert len(trained) == len(records)
     begun = {(t.prompt_id, t.sample): t.segments[0] for t in kept if t.segments}

@@ -23,6 +23,14 @@ SMALL = [
 ]
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """A process that ended and that nobody waits for (no init in the container) is not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 class Served:
     """One server on a free port, in a session of its own."""
 
@@ -71,7 +79,7 @@ class Served:
         os.kill(self.process.pid, number)
 
     def alive(self) -> list[psutil.Process]:
-        return [p for p in self.started if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in self.started if is_alive(process)]
 
     def assert_nothing_left(self) -> None:
         deadline = time.monotonic() + 60
