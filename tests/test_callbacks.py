@@ -130,7 +130,7 @@ def test_a_ledger_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        _write(path, records())  # type: ignore[arg-type]
+        _write(path, records())
     assert not path.exists()
     _write(path, [{"a": 1}, {"a": "ü"}])
     assert [json.loads(line) for line in path.read_text("utf-8").splitlines()][1] == {"a": "ü"}
@@ -142,4 +142,4 @@ def test_weight_sync_refuses_numbers_that_switch_the_probe_off_by_accident(
     change: dict[str, float],
 ) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(change))):
-        WeightSync(**change)  # type: ignore[arg-type]
+        WeightSync(**change)

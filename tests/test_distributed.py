@@ -203,8 +203,9 @@ def test_a_strategy_whose_weights_cannot_be_had_is_refused() -> None:
         check_strategy(trainer)
 
 
-def test_a_failure_on_rank_0_ends_the_others_too(results: dict[str, Any]) -> None:
-    leader, other = outcomes(results, "failing")
+@pytest.mark.parametrize("where", ["failing", "failing_in_validation"])
+def test_a_failure_on_rank_0_ends_the_others_too(results: dict[str, Any], where: str) -> None:
+    leader, other = outcomes(results, where)
     assert leader.startswith("RewardError")
     assert other.startswith("RolloutError('the rollout failed on rank 0: RewardError")
 

@@ -222,7 +222,7 @@ def test_a_mismatch_that_will_not_be_known_is_refused_before_the_engine_boots(
     with pytest.raises(ConfigurationError, match=r"behavior_logprobs=engine.*set it to trainer"):
         trainer.fit(module, datamodule=data)
     assert log == []
-    assert data.engine.closed == 0  # type: ignore[attr-defined]
+    assert data.engine.closed == 0
 
 
 def test_a_precision_that_would_round_logprobs_is_refused(

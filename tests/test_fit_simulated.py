@@ -36,7 +36,7 @@ def no_rollout_thread_is_left() -> Iterator[None]:
 
 def assert_closed(datamodule: RolloutDataModule) -> None:
     assert datamodule.session is None
-    assert datamodule.engine.closed == 1  # type: ignore[attr-defined]
+    assert datamodule.engine.closed == 1
 
 
 @pytest.mark.parametrize(("updates", "accumulate"), [(1, 1), (1, 3), (2, 2)])
@@ -365,7 +365,7 @@ def test_the_parity_probe_sees_a_difference_of_one_token(
 ) -> None:
     trainer, module, data, log = build(tiny_checkpoint, tmp_path, max_steps=2)
     data.engine = WrongScores(log)
-    data.engine.module, data.engine.off = module, off  # type: ignore[attr-defined]
+    data.engine.module, data.engine.off = module, off
     if off == 0.0:
         trainer.fit(module, datamodule=data)
         assert trainer.callback_metrics["sync/parity_max_abs"] < 1e-5

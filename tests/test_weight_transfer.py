@@ -89,7 +89,7 @@ def test_weights_that_were_thrown_away_have_to_be_synced_first() -> None:
             assert level == 2
 
     engine = VLLMEngine(sleep_level=2)
-    engine._llm = Asleep()  # type: ignore[assignment]
+    engine._llm = Asleep()
     asyncio.run(engine.rest())
     with pytest.raises(EngineError, match="sleep_level=2 threw the weights away"):
         asyncio.run(engine.score([[1, 2]]))

@@ -12,6 +12,7 @@ import lightning as L
 
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.trainer_parts import datamodule, is_dry_run
 
 
 class TrajectoryLedger(L.Callback):
@@ -39,11 +40,11 @@ class TrajectoryLedger(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out where the run logs (on every rank: Lightning asks rank 0)."""
         self._root = Path(self.directory or trainer.log_dir or trainer.default_root_dir)
-        self._is_dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        self._is_dry = is_dry_run(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse to mix a new run's batches with an older run's."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule(trainer)
         is_new = data.training.batch_index < 0 and not self._is_dry
         if is_new and trainer.is_global_zero and any(self._root.glob("ledger/batch_*.jsonl")):
             raise ConfigurationError(
@@ -60,7 +61,7 @@ class TrajectoryLedger(L.Callback):
         batch_idx: int,
     ) -> None:
         """Write the batch down once all of it was trained on."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = datamodule(trainer)
         self._quarantined.update(outputs["quarantined"])
         if not batch.is_last:
             return

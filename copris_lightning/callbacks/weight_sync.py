@@ -18,6 +18,7 @@ from copris_lightning.errors import ConfigurationError, ParityError
 from copris_lightning.module import CoprisModule
 from copris_lightning.parallel import check_strategy, score
 from copris_lightning.rollout.engine import Weights
+from copris_lightning.trainer_parts import datamodule
 
 _MIXED_TOLERANCE = 0.05
 """Log-probs of engine and trainer in different precisions differ by about this much, in nats."""
@@ -62,7 +63,7 @@ class WeightSync(L.Callback):
         """Refuse modules that there is nothing to sync between."""
         if not isinstance(pl_module, CoprisModule):
             raise ConfigurationError(f"WeightSync needs a CoprisModule, got {type(pl_module)}")
-        if not isinstance(_datamodule(trainer), RolloutDataModule):
+        if not isinstance(datamodule(trainer), RolloutDataModule):
             raise ConfigurationError("WeightSync needs a RolloutDataModule")
         self._is_synced = False
 
@@ -73,12 +74,10 @@ class WeightSync(L.Callback):
             ConfigurationError: names the setting to change.
         """
         check_strategy(trainer)
-        engine_args = getattr(_datamodule(trainer).engine, "engine_args", {})
-        theirs = str(engine_args.get("dtype", "auto")).removeprefix("torch.")
-        theirs = {"half": "float16", "float": "float32"}.get(theirs, theirs)
+        theirs = getattr(datamodule(trainer).engine, "dtype", None)
         ours = getattr(trainer.lightning_module, "dtype_name", theirs)
         tolerance = self.parity_tolerance
-        if theirs not in ("auto", ours) and tolerance is not None and tolerance < _MIXED_TOLERANCE:
+        if theirs not in (None, ours) and tolerance is not None and tolerance < _MIXED_TOLERANCE:
             raise ConfigurationError(
                 f"data.init_args.engine.init_args.engine_args.dtype={theirs} is not "
                 f"model.init_args.dtype={ours}: log-probs will differ by more than "
@@ -150,7 +149,7 @@ class WeightSync(L.Callback):
             ParityError: they did, and the engine computes something else.
         """
         assert isinstance(pl_module, CoprisModule)
-        data = _datamodule(trainer)
+        data = datamodule(trainer)
         root = trainer.strategy.model
 
         def weights() -> Iterator[tuple[str, Tensor]]:
@@ -168,7 +167,7 @@ class WeightSync(L.Callback):
             # A checkpoint taken between an optimizer step and its sync holds newer weights than
             # those that bear the saved version. If it was taken within a batch, the batch's own
             # sync comes before anything is generated for training.
-            training = _datamodule(trainer).training
+            training = datamodule(trainer).training
             is_newer = self._trained_since and not (training and training.has_open_batch)
             self.sync(trainer, pl_module, self.version + int(is_newer))
 
@@ -234,7 +233,3 @@ def _probe_batch(sequences: Sequence[Sequence[int]]) -> MicroBatch:
         segment = Segment(0, list(tokens[1:]), [0.0] * (len(tokens) - 1))
         rows.append(Trajectory(0, i, "probe", (tokens[0],), len(tokens), [segment]))
     return collate(rows, source=None)
-
-
-def _datamodule(trainer: L.Trainer) -> Any:
-    return getattr(trainer, "datamodule", None)

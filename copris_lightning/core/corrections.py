@@ -37,10 +37,16 @@ class Correction(ABC):
     """A weight per token. ``apply=False`` only measures: metrics are logged, the loss is as is."""
 
     apply: bool
-    needs_mismatch = False
-    """Whether ``TokenTerms.mismatch`` must be there."""
-    reweighs = False
-    """Whether kept tokens are multiplied by the mismatch ratio."""
+
+    @property
+    def needs_mismatch(self) -> bool:
+        """Whether ``TokenTerms.mismatch`` must be there."""
+        return False
+
+    @property
+    def reweighs(self) -> bool:
+        """Whether kept tokens are multiplied by the mismatch ratio."""
+        return False
 
     @property
     @abstractmethod
@@ -133,12 +139,12 @@ class Masking(Correction):
             )
 
     @property
-    def needs_mismatch(self) -> bool:  # type: ignore[override]
+    def needs_mismatch(self) -> bool:
         """See :class:`Correction`."""
         return self.ratio == "mismatch"
 
     @property
-    def reweighs(self) -> bool:  # type: ignore[override]
+    def reweighs(self) -> bool:
         """See :class:`Correction`."""
         return self.reweigh
 

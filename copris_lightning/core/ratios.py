@@ -94,10 +94,13 @@ class RatioTerms(NamedTuple):
 class Ratio(ABC):
     """Which policies the importance ratio compares, per token or per sequence."""
 
-    needs_proximal = False
-    """Whether ``TokenTerms.proximal_logprobs`` must be there."""
     weight_name: str | None = None
     """What to log its weight as, among the corrections; ``None`` if the weight is always 1."""
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether ``TokenTerms.proximal_logprobs`` must be there."""
+        return False
 
     @abstractmethod
     def __call__(self, terms: TokenTerms) -> RatioTerms:
@@ -187,7 +190,7 @@ class DecoupledRatio(Ratio):
             raise ConfigurationError(f"{KEY}.max_weight={self.max_weight} must be above 0")
 
     @property
-    def needs_proximal(self) -> bool:  # type: ignore[override]
+    def needs_proximal(self) -> bool:
         """Only ``recompute`` does."""
         return self.proximal == "recompute"
 

@@ -15,11 +15,12 @@ from copris_lightning.datamodules.batches import BatchShape
 from copris_lightning.datamodules.protocols import WeightSyncer
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.trainer_parts import callbacks, is_dry_run
 
 
 def check_sync(trainer: L.Trainer) -> None:
     """Refuse a trainer that would never give the engine new weights, or cannot."""
-    syncers = [c for c in _callbacks(trainer) if isinstance(c, WeightSyncer)]
+    syncers = [c for c in callbacks(trainer) if isinstance(c, WeightSyncer)]
     if not syncers:
         raise ConfigurationError(
             "trainer.callbacks has no copris_lightning.WeightSync: the engine would generate "
@@ -56,15 +57,14 @@ def check_estimator(trainer: L.Trainer, settings: RolloutSettings) -> None:
 
 def check_epochs(trainer: L.Trainer, shape: BatchShape) -> None:
     """Refuse epochs that end within a batch: Lightning steps there, on a part of it."""
-    if any(isinstance(c, GradientAccumulationScheduler) for c in _callbacks(trainer)):
+    if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks(trainer)):
         raise ConfigurationError(
             "trainer.callbacks has a GradientAccumulationScheduler: batches are divided once, "
             "by trainer.accumulate_grad_batches"
         )
     limit = trainer.limit_train_batches
     per_batch = shape.updates * shape.micro_batches
-    is_dry = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-    if is_dry or trainer.max_epochs == 1 or not isinstance(limit, int):
+    if is_dry_run(trainer) or trainer.max_epochs == 1 or not isinstance(limit, int):
         return
     if limit % per_batch:
         raise ConfigurationError(
@@ -72,8 +72,3 @@ def check_epochs(trainer: L.Trainer, shape: BatchShape) -> None:
             f"micro-batches (trainer.accumulate_grad_batches={shape.micro_batches} x "
             f"{KEY}.updates_per_batch={shape.updates}); give a multiple of {per_batch}"
         )
-
-
-def _callbacks(trainer: L.Trainer) -> list[L.Callback]:
-    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -51,12 +52,13 @@ def evaluate(
         )
     try:
         for start in range(0, len(stream), settings.batch_groups):
-            parts = None
-            if session is not None and scheduler is not None:
-                scheduler.buffer.batch_groups = min(settings.batch_groups, len(stream) - start)
-                groups, _ = session.call(scheduler.collect(), watch=True)
-                parts = [_batch(session, groups)] * exchange.world_size
-            yield exchange.scatter(parts)
+            batch: Any = None
+            with exchange.leading():
+                if session is not None and scheduler is not None:
+                    scheduler.buffer.batch_groups = min(settings.batch_groups, len(stream) - start)
+                    groups, _ = session.call(scheduler.collect(), watch=True)
+                    batch = _batch(session, groups)
+            yield exchange.broadcast(batch)
     finally:  # also where Lightning asks for some of the batches only
         if session is not None and scheduler is not None and session.is_open:
             session.close_scheduler(scheduler)

@@ -46,16 +46,6 @@ class Exchange:
             raise part
         return part
 
-    def abandon(self, error: BaseException) -> None:
-        """Rank 0 cannot give what the others wait for: they raise, instead of waiting on.
-
-        Raises:
-            RolloutError: on the other ranks, from their :meth:`scatter`.
-        """
-        if self._world > 1:
-            parts = [RolloutError(f"the rollout failed on rank 0: {error!r}")] * self._world
-            dist.scatter_object_list([None], parts, src=0, group=self._group)
-
     def broadcast(self, value: T) -> T:
         """Rank 0's value, on every rank; the others' are not looked at."""
         return self.scatter([value] * self._world if self.rank == 0 else None)
@@ -70,8 +60,10 @@ class Exchange:
         try:
             yield
         except BaseException as error:
-            if self.rank == 0:
-                self.abandon(error)
+            if self.rank == 0 and self._world > 1:
+                failure = RolloutError(f"the rollout failed on rank 0: {error!r}")
+                parts = [failure] * self._world
+                dist.scatter_object_list([None], parts, src=0, group=self._group)
             raise
         self.broadcast(None)
 

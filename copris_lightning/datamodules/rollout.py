@@ -33,6 +33,7 @@ from copris_lightning.pretrained import (
 from copris_lightning.rollout.engine import Engine, EngineSpec, RankedSync, Weights
 from copris_lightning.rollout.rewards import Reward, RewardScorer
 from copris_lightning.rollout.scheduler import Event
+from copris_lightning.trainer_parts import callbacks
 
 T = TypeVar("T")
 
@@ -389,15 +390,9 @@ class RolloutDataModule(L.LightningDataModule):
         if self.trainer.received_sigterm:
             raise SIGTERMException
         if self.training is not None and self.training.is_collecting:
-            for callback in self._callbacks:
+            for callback in callbacks(self.trainer):
                 if isinstance(callback, RolloutListener):
                     callback.on_rollout_progress(self.training.progress())
-
-    @property
-    def _callbacks(self) -> list[L.Callback]:
-        assert self.trainer is not None
-        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        return callbacks
 
     # -- checkpoints -----------------------------------------------------------------------
 

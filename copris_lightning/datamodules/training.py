@@ -174,18 +174,15 @@ class TrainingStream:
         """Collect a batch on rank 0; every rank takes part in scoring it."""
         started = time.perf_counter()
         trajectories = None
-        if self._session is not None and self.scheduler is not None:
-            try:
+        with self._exchange.leading():
+            if self._session is not None and self.scheduler is not None:
                 self._check_synced()
                 if not self._undivided:
                     self._session.call(self._collect(self.scheduler), watch=True)
                 if isinstance(self._session.engine, Resting):
                     self._session.call(self._session.engine.rest())
-            except BaseException as error:
-                self._exchange.abandon(error)
-                raise
-            trajectories = [t for group in self.delivered for t in group.trajectories]
-            trajectories.extend(self.scheduler.buffer.trajectories())
+                trajectories = [t for group in self.delivered for t in group.trajectories]
+                trajectories.extend(self.scheduler.buffer.trajectories())
         rolled_out = time.perf_counter()
         if self._settings.behavior_logprobs == "trainer":
             score_behavior(
@@ -204,18 +201,15 @@ class TrainingStream:
                 temperature=self._settings.temperature,
                 max_tokens=self._settings.score_batch_tokens,
             )
-        if trajectories is None:
+        divided = None
+        with self._exchange.leading():
+            if trajectories is not None:
+                quarantine(self.delivered, self._settings.max_quarantined)
+                set_advantages(self.delivered, self._advantage, self._settings)
             self.batch_index += 1
-            return None
-        try:
-            quarantine(self.delivered, self._settings.max_quarantined)
-            set_advantages(self.delivered, self._advantage, self._settings)
-            self.batch_index += 1
-            self._metrics = self._figures(started, rolled_out)
-            divided = self._divide()
-        except BaseException as error:
-            self._exchange.abandon(error)
-            raise
+            if trajectories is not None:
+                self._metrics = self._figures(started, rolled_out)
+                divided = self._divide()
         self._undivided = False
         return divided
 
@@ -331,21 +325,30 @@ class TrainingStream:
         self.delivered = [PromptGroup.from_state(group) for group in state["delivered"]]
         self._prompts.load_state_dict(state["prompts"])
         parts = None
-        if self.scheduler is not None:
-            try:
-                self.scheduler.buffer.load_state_dict(state["buffer"])
-            except ValueError as error:
-                raise ConfigurationError(f"{KEY}: {error}") from error
-            is_open = self.delivered and not self._undivided
-            rows = [t for group in self.delivered for t in group.trajectories]
-            if is_open and self._needs_proximal and not any(t.proximal_logprobs for t in rows):
-                raise ConfigurationError(
-                    "the checkpoint was taken within a batch whose proximal log-probs were not "
-                    "computed; set model.init_args.ratio.init_args.proximal=loglinear for this "
-                    "batch, or resume from another checkpoint"
-                )
-            parts = self._divide() if is_open else [[]] * self._shape.world_size
+        with self._exchange.leading():
+            if self.scheduler is not None:
+                parts = self._restored_parts(self.scheduler, state["buffer"])
         self._micro_batches = self._exchange.scatter(parts)
+
+    def _restored_parts(
+        self, scheduler: RolloutScheduler, buffer: dict[str, Any]
+    ) -> list[list[MicroBatch]]:
+        """Each rank's micro-batches of the batch that the checkpoint was taken in; none if it was
+        taken between two."""
+        try:
+            scheduler.buffer.load_state_dict(buffer)
+        except ValueError as error:
+            raise ConfigurationError(f"{KEY}: {error}") from error
+        if not self.delivered or self._undivided:
+            return [[] for _ in range(self._shape.world_size)]
+        rows = [t for group in self.delivered for t in group.trajectories]
+        if self._needs_proximal and not any(t.proximal_logprobs for t in rows):
+            raise ConfigurationError(
+                "the checkpoint was taken within a batch whose proximal log-probs were not "
+                "computed; set model.init_args.ratio.init_args.proximal=loglinear for this "
+                "batch, or resume from another checkpoint"
+            )
+        return self._divide()
 
 
 async def _advance(buffer: CarryOverBuffer, version: int) -> None:

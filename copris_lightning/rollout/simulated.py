@@ -13,13 +13,16 @@ import selectors
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 from torch import Tensor
 
 from copris_lightning.core.trajectory import FinishReason
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
+
+T = TypeVar("T")
+Arguments = TypeVarTuple("Arguments")
 
 _MASK = (1 << 64) - 1
 
@@ -40,11 +43,11 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         """Virtual seconds since the loop was made."""
         return self._now
 
-    def run_in_executor(  # type: ignore[override]
-        self, executor: Any, func: Callable[..., Any], *args: Any
-    ) -> asyncio.Future[Any]:
+    def run_in_executor(
+        self, executor: Any, func: Callable[[*Arguments], T], *args: *Arguments
+    ) -> asyncio.Future[T]:
         """Call ``func`` here and now; the executor is not used."""
-        future = self.create_future()
+        future: asyncio.Future[T] = self.create_future()
         try:
             future.set_result(func(*args))
         except Exception as error:  # noqa: BLE001 - handed to whoever awaits, as an executor would

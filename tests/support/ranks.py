@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from copris_testing import digest, full_state
+from copris_testing import SomePrompts, digest, full_state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from simulated_fits import build, ledger, parity
@@ -102,7 +102,7 @@ def train(
         synced.append({name: digest(tensor) for name, tensor in weights})
         await update(weights, version)
 
-    data.engine.update_weights = record  # type: ignore[method-assign]
+    data.engine.update_weights = record
     cpu, wall = time.process_time(), time.perf_counter()
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return {
@@ -207,16 +207,25 @@ def quarantined(checkpoint: Path, directory: Path) -> Any:
     return train("fsdp2", poisoned, directory, data=data)
 
 
-@scenario
-def failing(checkpoint: Path, directory: Path) -> Any:
+def fail(checkpoint: Path, directory: Path, **data: Any) -> str:
     async def broken(response: str, prompt: Any) -> float:
         raise KeyError("the answer is missing")
 
     try:
-        train("fsdp2", checkpoint, directory, data={"reward": broken})
+        train("fsdp2", checkpoint, directory, data={"reward": broken, **data})
     except (RewardError, RolloutError) as error:
         return repr(error)
     raise AssertionError("nothing was raised")
+
+
+@scenario
+def failing(checkpoint: Path, directory: Path) -> Any:
+    return fail(checkpoint, directory)
+
+
+@scenario
+def failing_in_validation(checkpoint: Path, directory: Path) -> Any:
+    return fail(checkpoint, directory, val_prompts=SomePrompts(4))
 
 
 @scenario
