@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.module import CoprisModule
+from copris_lightning.parsing import (
+    CoprisParser,
+    check_files,
+    configuration_error,
+    refuse_doubled_keys,
+)
 
 
 class CoprisCLI(LightningCLI):
@@ -20,9 +28,18 @@ class CoprisCLI(LightningCLI):
         parser.link_arguments("model.init_args.model", "data.init_args.model")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Name what Lightning refuses."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError) as error:
+            raise ConfigurationError(f"trainer: {' '.join(str(error).split())}") from error
+
 
 def _seed(seed_everything: bool | int) -> int:
     """``true`` draws a seed for the trainer only; the rollout's must be known to be repeated."""
+    if not 0 <= seed_everything < 2**32:
+        raise ConfigurationError(f"seed_everything={seed_everything} must be from 0 to 2^32 - 1")
     return 0 if isinstance(seed_everything, bool) else seed_everything
 
 
@@ -33,11 +50,14 @@ def main(args: Sequence[str] | None = None) -> int:
     where it came from.
     """
     try:
+        check_files(sys.argv[1:] if args is None else args)
+        refuse_doubled_keys()
         CoprisCLI(
             CoprisModule,
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=CoprisParser,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"epilog": "`copris serve --help` is about vLLM servers for rollouts."},
             seed_everything_default=0,
@@ -46,16 +66,9 @@ def main(args: Sequence[str] | None = None) -> int:
             args=list(args) if args is not None else None,
         )
     except ValueError as error:
-        found = _configuration_error(error)
+        found = configuration_error(error)
         if found is None:
             raise
         print(f"copris: {found}", file=sys.stderr)
         return 2
     return 0
-
-
-def _configuration_error(error: BaseException | None) -> ConfigurationError | None:
-    """The error itself, or the one it wraps: the argument parser wraps what a class raises."""
-    while error is not None and not isinstance(error, ConfigurationError):
-        error = error.__cause__ or error.__context__
-    return error

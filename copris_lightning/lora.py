@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -48,8 +49,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigurationError(f"{KEY}.rank={self.rank} must be at least 1")
-        if not self.alpha > 0:
-            raise ConfigurationError(f"{KEY}.alpha={self.alpha} must be above 0")
+        if not 0 < self.alpha < math.inf:
+            raise ConfigurationError(f"{KEY}.alpha={self.alpha} must be a number above 0")
         if self.sync not in ("merge", "adapter"):
             raise ConfigurationError(f"{KEY}.sync={self.sync!r} must be merge or adapter")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, cast
@@ -86,6 +87,10 @@ class CoprisModule(L.LightningModule):
         if logprob_chunk_tokens < 1:
             raise ConfigurationError(
                 f"model.init_args.logprob_chunk_tokens={logprob_chunk_tokens} must be at least 1"
+            )
+        if not math.isfinite(pass_threshold):
+            raise ConfigurationError(
+                f"model.init_args.pass_threshold={pass_threshold} must be a finite number"
             )
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigurationError(

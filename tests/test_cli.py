@@ -249,7 +249,7 @@ BAD_INPUT = [
     (["--data.init_args.cap", "0"], r"data.init_args.cap=0 must be at least 1"),
     (["--data.init_args.batch_groups", "0"], r"data.init_args.batch_groups=0"),
     (["--data.init_args.group_size", "1"], r"data.init_args.group_size=1 must be at least 2"),
-    (["--data.init_args.temperature", "0"], r"data.init_args.temperature=0.0 must be above 0"),
+    (["--data.init_args.temperature", "0"], r"data.init_args.temperature=0.0 must be a number above 0"),
     (["--data.init_args.max_new_tokens", "512"], r"max_new_tokens=512 does not fit .* 512 tokens"),
     (["--data.init_args.max_new_tokens", "500"], r"32 \+ max_new_tokens=500 = 532 exceeds"),
     (["--model.init_args.model", "no/such-model"], r"model.init_args.model='no/such-model'"),
@@ -265,7 +265,7 @@ BAD_INPUT = [
     ),
     (
         ["--data.init_args.reward", "bad_prompts.NotAReward"],
-        r'key "reward".*a callable class.*bad_prompts.NotAReward',
+        r'init_args.reward: .*a callable class.*bad_prompts.NotAReward',
     ),
     (
         ["--trainer.accumulate_grad_batches", "400"],

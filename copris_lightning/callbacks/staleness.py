@@ -14,6 +14,7 @@ from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.corrections import effective_sample_share
 from copris_lightning.core.estimator import Estimate
 from copris_lightning.core.ratios import clamp_log_ratio
+from copris_lightning.errors import ConfigurationError
 
 
 class LagStatistics(Metric):
@@ -172,6 +173,8 @@ class StalenessMonitor(L.Callback):
     """
 
     def __init__(self, max_lag: int = 16) -> None:
+        if max_lag < 0:
+            raise ConfigurationError(f"StalenessMonitor.max_lag={max_lag} must be at least 0")
         self.statistics = LagStatistics(max_lag)
         self.corrections: dict[str, CorrectionStatistics] = {}
 

@@ -42,7 +42,7 @@ class WeightSync(L.Callback):
     """
 
     def __init__(self, parity_tolerance: float | None = 1e-4, parity_sequences: int = 4) -> None:
-        if parity_tolerance is not None and parity_tolerance <= 0:
+        if parity_tolerance is not None and not parity_tolerance > 0:
             raise ConfigurationError(f"WeightSync.parity_tolerance={parity_tolerance} must be > 0")
         if parity_sequences < 1:
             raise ConfigurationError(f"WeightSync.parity_sequences={parity_sequences} must be >= 1")

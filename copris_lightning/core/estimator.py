@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -76,8 +77,10 @@ class PolicyGradient:
     entropy_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.entropy_coefficient >= 0:
-            raise ValueError(f"entropy_coefficient={self.entropy_coefficient} must be at least 0")
+        if not 0 <= self.entropy_coefficient < math.inf:
+            raise ValueError(
+                f"entropy_coefficient={self.entropy_coefficient} must be a number of at least 0"
+            )
         names = [correction.name for correction in self.corrections]
         for name in names:
             if names.count(name) > 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -72,9 +73,9 @@ class KLPenalty:
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
             raise ConfigurationError(f"{KEY}.estimator={self.estimator!r} must be k1, k2 or k3")
-        if not self.coefficient > 0:
+        if not 0 < self.coefficient < math.inf:
             raise ConfigurationError(
-                f"{KEY}.coefficient={self.coefficient} must be above 0; null for no KL"
+                f"{KEY}.coefficient={self.coefficient} must be a number above 0; null for no KL"
             )
 
     def __call__(self, logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:

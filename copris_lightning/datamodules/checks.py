@@ -5,11 +5,14 @@ All raise :class:`ConfigurationError`, which names the setting to change.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import nn
 
 from copris_lightning.datamodules.batches import BatchShape
 from copris_lightning.datamodules.protocols import WeightSyncer
@@ -53,6 +56,51 @@ def check_estimator(trainer: L.Trainer, settings: RolloutSettings) -> None:
             f"{KEY}.behavior_logprobs=engine: model.init_args.corrections of the mismatch "
             "between engine and trainer need the trainer's log-probs too; set it to trainer"
         )
+
+
+def check_limits(trainer: L.Trainer) -> None:
+    """Refuse a trainer that would boot an engine and train nothing, or against the gradient."""
+    accumulated = trainer.accumulate_grad_batches
+    if accumulated < 1:
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches={accumulated} must be at least 1: it is the number "
+            "of micro-batches of an optimizer step"
+        )
+    for name, value in (
+        ("max_steps", trainer.max_steps),
+        ("max_epochs", trainer.max_epochs),
+        ("limit_train_batches", trainer.limit_train_batches),
+    ):
+        if value == 0:
+            raise ConfigurationError(f"trainer.{name}=0 trains nothing; it must be above 0")
+    clip = trainer.gradient_clip_val
+    if clip is not None and not 0 <= clip < math.inf:
+        raise ConfigurationError(
+            f"trainer.gradient_clip_val={clip} must be a number above 0, or null for no clipping"
+        )
+
+
+def check_optimizer(trainer: L.Trainer) -> None:
+    """Make the optimizer and its schedule for a parameter of no model, to see whether they can be
+    made: the real ones are made after the engine has booted."""
+    module: Any = trainer.lightning_module
+    if not callable(getattr(module, "optimizer", None)):
+        return  # a module of another kind, which WeightSync refuses
+    try:
+        optimizer = module.optimizer([nn.Parameter(torch.zeros(2, 2))])
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"model.init_args.optimizer: {error}") from error
+    for name, value in optimizer.defaults.items():
+        numbers = value if isinstance(value, tuple | list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ConfigurationError(
+                f"model.init_args.optimizer.init_args.{name}={value} must be a finite number"
+            )
+    if module.lr_scheduler is not None:
+        try:
+            module.lr_scheduler(optimizer)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ConfigurationError(f"model.init_args.lr_scheduler: {error}") from error
 
 
 def check_epochs(trainer: L.Trainer, shape: BatchShape) -> None:

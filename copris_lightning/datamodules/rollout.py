@@ -14,7 +14,13 @@ from transformers import PreTrainedTokenizerBase
 from copris_lightning.core.advantage import grpo
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.datamodules.batches import BatchShape
-from copris_lightning.datamodules.checks import check_epochs, check_estimator, check_sync
+from copris_lightning.datamodules.checks import (
+    check_epochs,
+    check_estimator,
+    check_limits,
+    check_optimizer,
+    check_sync,
+)
 from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
@@ -207,6 +213,8 @@ class RolloutDataModule(L.LightningDataModule):
             hidden_size=int(getattr(config, "hidden_size", 1024)),
         )
         if stage == "fit":
+            check_limits(self.trainer)
+            check_optimizer(self.trainer)
             shape.check(self.settings.batch_groups, self.settings.group_size)
             check_estimator(self.trainer, self.settings)
             check_epochs(self.trainer, shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +12,9 @@ from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.errors import ConfigurationError
 
 KEY = "data.init_args"
+
+_LEAST_TRAJECTORY_BYTES = 2**10
+"""What a trajectory without a token takes, about."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +64,10 @@ class RolloutSettings:
             ("temperature", self.temperature),
             ("val_temperature", self.val_temperature),
         ):
-            if not temperature > 0:
+            if not 0 < temperature < math.inf:
                 raise ConfigurationError(
-                    f"{KEY}.{name}={temperature} must be above 0: log-probs are those of the "
-                    "distribution sampled from, which greedy decoding has not"
+                    f"{KEY}.{name}={temperature} must be a number above 0: log-probs are those of "
+                    "the distribution sampled from, which greedy decoding has not"
                 )
         if self.behavior_logprobs not in ("trainer", "engine"):
             raise ConfigurationError(
@@ -76,11 +81,29 @@ class RolloutSettings:
         ):
             if not 0 <= share <= 1:
                 raise ConfigurationError(f"{KEY}.{name}={share} must lie between 0 and 1")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigurationError(f"{KEY}.seed={self.seed} must be from 0 to 2^32 - 1")
+        self._check_memory()
         if self.updates_per_batch > self.batch_groups:
             raise ConfigurationError(
                 f"{KEY}.updates_per_batch={self.updates_per_batch} exceeds "
                 f"batch_groups={self.batch_groups}: an update needs a group"
             )
+
+    def _check_memory(self) -> None:
+        """Refuse numbers of trajectories that no memory holds: they are typing errors."""
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        batch = f"batch_groups={self.batch_groups} x {KEY}"
+        for name, trajectories in (
+            (f"cap={self.cap}", self.cap),
+            (f"{batch}.group_size={self.group_size}", self.batch_groups * self.group_size),
+            (f"{batch}.val_samples={self.val_samples}", self.batch_groups * self.val_samples),
+        ):
+            if trajectories * _LEAST_TRAJECTORY_BYTES > memory:
+                raise ConfigurationError(
+                    f"{KEY}.{name}: {trajectories:,} trajectories do not fit this machine's "
+                    f"memory of {memory / 2**30:.0f} GiB; lower it"
+                )
 
     @property
     def dropped_limit(self) -> int:

@@ -94,8 +94,10 @@ class RewardScorer:
                 f"data.init_args.reward: {reward!r} is not callable; give an instance whose "
                 "__call__(response: str, prompt: Prompt) returns a float"
             )
-        if not timeout_s > 0:
-            raise ConfigurationError(f"data.init_args.reward_timeout_s={timeout_s} must be above 0")
+        if not 0 < timeout_s < math.inf:
+            raise ConfigurationError(
+                f"data.init_args.reward_timeout_s={timeout_s} must be a number above 0"
+            )
         if workers < 1:
             raise ConfigurationError(f"data.init_args.reward_workers={workers} must be at least 1")
         self._is_async = any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))

@@ -24,6 +24,7 @@ from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
 T = TypeVar("T")
 Arguments = TypeVarTuple("Arguments")
 
+_KEY = "data.init_args.engine.init_args"
 _MASK = (1 << 64) - 1
 
 
@@ -86,6 +87,12 @@ class LengthModel:
     median: float = 24.0
     sigma: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.median < math.inf:
+            raise ConfigurationError(f"{_KEY}.lengths.median={self.median} must be above 0")
+        if not 0 <= self.sigma < math.inf:
+            raise ConfigurationError(f"{_KEY}.lengths.sigma={self.sigma} must be at least 0")
+
     def mean(self, seed: int) -> float:
         """The mean length of the trajectory with this seed, in tokens."""
         u = (_mix(seed, 1) + 0.5) / 2**64
@@ -98,6 +105,11 @@ class StepTime:
 
     t0: float = 0.02
     t1: float = 0.0002
+
+    def __post_init__(self) -> None:
+        for name, value in (("t0", self.t0), ("t1", self.t1)):
+            if not 0 <= value < math.inf:
+                raise ConfigurationError(f"{_KEY}.step_time.{name}={value} must be at least 0")
 
     def __call__(self, batch: int) -> float:
         return self.t0 + self.t1 * batch
@@ -116,6 +128,13 @@ class Faults:
     empty_chunk_rate: float = 0.0
     late_finish_rate: float = 0.0
     die_after_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("empty_chunk_rate", "late_finish_rate"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigurationError(
+                    f"{_KEY}.faults.{name}={getattr(self, name)} must lie between 0 and 1"
+                )
 
 
 def simulate_token(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import os
 import resource
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
@@ -109,8 +110,10 @@ class VLLMServerEngine:
         if len(set(self.urls)) < len(self.urls):
             raise ConfigurationError(f"{KEY}.urls={self.urls} names a server twice")
         for name in ("connect_timeout_s", "stall_timeout_s", "sync_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigurationError(f"{KEY}.{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigurationError(
+                    f"{KEY}.{name}={getattr(self, name)} must be a number above 0"
+                )
         directory = self.sync_directory
         if directory is not None and not (
             Path(directory).is_dir() and os.access(directory, os.W_OK)
