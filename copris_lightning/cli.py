@@ -59,6 +59,8 @@ def main(args: Sequence[str] | None = None) -> int:
             subclass_mode_data=True,
             parser_class=CoprisParser,
             save_config_kwargs={"overwrite": True},
+            # A step takes as long as its rollout: all are worth logging, not one in fifty.
+            trainer_defaults={"log_every_n_steps": 1},
             parser_kwargs={"epilog": "`copris serve --help` is about vLLM servers for rollouts."},
             seed_everything_default=0,
             # The module takes optimizer and schedule itself, and steps the schedule per step.

@@ -173,7 +173,15 @@ def test_every_overlay_changes_what_it_says_and_nothing_else(
             )
         ],
         "lora": [("model", "init_args", "lora", {"rank": 16, "sync": "merge"})],
+        "best": [
+            ("trainer", "enable_checkpointing", True),
+            ("trainer", "limit_val_batches", 1.0),
+            ("trainer", "val_check_interval", 40),
+            ("trainer", "check_val_every_n_epoch", None),
+        ],
     }[overlay.stem]
+    if overlay.stem == "best":  # one more callback
+        assert changed["trainer"]["callbacks"].pop()["init_args"]["monitor"] == "val/avg_at_k"
     for *path, key, value in differences:
         for config in (plain, changed):
             for name in path:
@@ -249,7 +257,10 @@ BAD_INPUT = [
     (["--data.init_args.cap", "0"], r"data.init_args.cap=0 must be at least 1"),
     (["--data.init_args.batch_groups", "0"], r"data.init_args.batch_groups=0"),
     (["--data.init_args.group_size", "1"], r"data.init_args.group_size=1 must be at least 2"),
-    (["--data.init_args.temperature", "0"], r"data.init_args.temperature=0.0 must be a number above 0"),
+    (
+        ["--data.init_args.temperature", "0"],
+        r"data.init_args.temperature=0.0 must be a number above 0",
+    ),
     (["--data.init_args.max_new_tokens", "512"], r"max_new_tokens=512 does not fit .* 512 tokens"),
     (["--data.init_args.max_new_tokens", "500"], r"32 \+ max_new_tokens=500 = 532 exceeds"),
     (["--model.init_args.model", "no/such-model"], r"model.init_args.model='no/such-model'"),
@@ -265,7 +276,7 @@ BAD_INPUT = [
     ),
     (
         ["--data.init_args.reward", "bad_prompts.NotAReward"],
-        r'init_args.reward: .*a callable class.*bad_prompts.NotAReward',
+        r"init_args.reward: .*a callable class.*bad_prompts.NotAReward",
     ),
     (
         ["--trainer.accumulate_grad_batches", "400"],

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from copris_lightning.datamodules.batches import BatchShape
@@ -73,6 +74,11 @@ def check_limits(trainer: L.Trainer) -> None:
     ):
         if value == 0:
             raise ConfigurationError(f"trainer.{name}=0 trains nothing; it must be above 0")
+    if trainer.loggers and 0 < trainer.max_steps < trainer.log_every_n_steps:
+        rank_zero_warn(
+            f"trainer.log_every_n_steps={trainer.log_every_n_steps}: a run of "
+            f"{trainer.max_steps} steps logs nothing; set it to 1"
+        )
     clip = trainer.gradient_clip_val
     if clip is not None and not 0 <= clip < math.inf:
         raise ConfigurationError(

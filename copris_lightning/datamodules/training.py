@@ -151,6 +151,16 @@ class TrainingStream:
         """Whether some micro-batches of the last batch are still to be trained on."""
         return self._position < len(self._micro_batches)
 
+    @property
+    def trained_batches(self) -> int:
+        """Batches of the run, from its first start on, that were trained on as a whole."""
+        return self.batch_index + 1 - self.has_open_batch
+
+    @property
+    def shape(self) -> BatchShape:
+        """How batches are divided."""
+        return self._shape
+
     def progress(self) -> RolloutProgress:
         """Where the running stage is; may be asked from any thread."""
         assert self.scheduler is not None
