@@ -21,3 +21,8 @@ def datamodule(trainer: Any) -> Any:
 def is_dry_run(trainer: Any) -> bool:
     """Whether this is a ``fast_dev_run``."""
     return bool(trainer.fast_dev_run)
+
+
+def log_every_n_steps(trainer: Any) -> int:
+    """How many optimizer steps apart the loggers are told."""
+    return int(trainer.log_every_n_steps)

@@ -19,7 +19,7 @@ from copris_lightning.datamodules.batches import BatchShape
 from copris_lightning.datamodules.protocols import WeightSyncer
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.trainer_parts import callbacks, is_dry_run
+from copris_lightning.trainer_parts import callbacks, is_dry_run, log_every_n_steps
 
 
 def check_sync(trainer: L.Trainer) -> None:
@@ -74,9 +74,10 @@ def check_limits(trainer: L.Trainer) -> None:
     ):
         if value == 0:
             raise ConfigurationError(f"trainer.{name}=0 trains nothing; it must be above 0")
-    if trainer.loggers and 0 < trainer.max_steps < trainer.log_every_n_steps:
+    interval = log_every_n_steps(trainer)
+    if trainer.loggers and 0 < trainer.max_steps < interval:
         rank_zero_warn(
-            f"trainer.log_every_n_steps={trainer.log_every_n_steps}: a run of "
+            f"trainer.log_every_n_steps={interval}: a run of "
             f"{trainer.max_steps} steps logs nothing; set it to 1"
         )
     clip = trainer.gradient_clip_val
