@@ -16,6 +16,7 @@ from torch import Tensor
 
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 from copris_lightning.lora import AdapterShape, adapter_shape, as_folder
+from copris_lightning.rollout.arrival import fault
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
 from copris_lightning.rollout.owner import OWNER_VARIABLE, this_process
 from copris_lightning.rollout.weight_files import hand_over_prefix, handed_over
@@ -245,13 +246,17 @@ class VLLMEngine:
         tensors = dict(weights)
         adapter = adapter_shape(tensors)
         with handed_over(tensors.items(), self.sync_directory) as path:
+            found = None
             try:
                 if adapter is None:
-                    await llm.collective_rpc("load_trainer_weights", args=(str(path),))
+                    reports = await llm.collective_rpc("load_trainer_weights", args=(str(path),))
+                    found = fault(reports)
                 else:
                     await self._load_adapter(llm, str(as_folder(path, adapter)))
             except Exception as error:  # vLLM passes a worker's error on as a bare Exception
                 raise WeightSyncError(f"vLLM could not load version {version}: {error}") from error
+        if found is not None:
+            raise WeightSyncError(f"version {version} did not arrive in the engine: {found}")
         await self.finish_update(version)
 
     def new_sender(self, weights: Weights, rank: int, run: Run) -> Callable[[], None] | None:

@@ -53,6 +53,15 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Model type, and what differs from the common settings."""
 
+REFUSED = {
+    "gemma2": "final_logit_softcapping=30",
+    "cohere": "logit_scale=0.0625",
+}
+"""Those that cannot be trained, and what the error names."""
+
+TRAINED = [name for name in ARCHITECTURES if name not in REFUSED]
+"""Those that are."""
+
 
 def tiny_architecture(model_type: str, directory: Path, *, seed: int = 0, **changes: Any) -> Path:
     """Saves a random model of an architecture and a character tokenizer in ``directory``."""
