@@ -18,6 +18,8 @@ from copris_lightning.errors import ConfigurationError
 KEY = "model.init_args.lora"
 ADAPTER = "default"
 """peft's name of the only adapter."""
+ADAPTER_ID = 1
+"""vLLM's number of it."""
 
 _ADAPTED = re.compile(rf"(.+)\.(base_layer|lora_[AB]\.{ADAPTER})\.weight")
 _FILE_PREFIX = "base_model.model."

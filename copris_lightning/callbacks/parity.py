@@ -149,8 +149,8 @@ class ParityProbe:
             return f"the tolerance is WeightSync.parity_tolerance={self.tolerance}"
         largest, mean = self.limits
         return (
-            f"WeightSync.parity_tolerance=auto allows {largest:.3g} and {mean:.3g}, by how far they "
-            "differed at the start"
+            f"WeightSync.parity_tolerance=auto allows {largest:.3g} and {mean:.3g}, by how far "
+            "they differed at the start"
         )
 
     def _measure(

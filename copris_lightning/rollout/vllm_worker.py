@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from copris_lightning.rollout.arrival import Arrival, is_head
+from copris_lightning.lora import ADAPTER_ID
+from copris_lightning.rollout.arrival import Arrival, adapter_report, is_head
 from copris_lightning.rollout.owner import end_with_owner
 
 if TYPE_CHECKING:
@@ -41,13 +43,43 @@ class CoprisWorkerExtension(_Worker):
         Returns:
             what of it did not arrive: :meth:`Arrival.report`.
         """
-        self._arrival = getattr(self, "_arrival", None) or Arrival(
-            self._model(), self.model_config.dtype
-        )
-        with self._arrival.watching(_tensors(path)) as tensors:
-            self._reload(tensors)
+        arrival = self._new_arrival()
+        with arrival.watching() as watched:
+            self._reload(watched(_tensors(path)))
             self._repack_tied_head()
+        return arrival.report()
+
+    def watch_transfer(self) -> None:
+        """Before vLLM's own weight transfer: look on, until :meth:`transfer_report`."""
+        model: Any = self._model()
+        load = type(model).load_weights
+        self._looking_on = ExitStack()
+        watched = self._looking_on.enter_context(self._new_arrival().watching())
+        model.load_weights = lambda weights: load(model, watched(weights))
+        self._looking_on.callback(delattr, model, "load_weights")
+
+    def transfer_report(self) -> dict[str, Any]:
+        """After it: what did not arrive, :meth:`Arrival.report`."""
+        self._looking_on.close()
         return self._arrival.report()
+
+    def adapter_report(self, path: str) -> dict[str, Any]:
+        """What of a file of adapters the engine does not apply, as :meth:`Arrival.report`."""
+        manager: Any = self.model_runner.lora_manager._adapter_manager
+        if self.parallel_config.tensor_parallel_size > 1:
+            return {"stale": [], "missing": [], "unused": [], "not_compared": ["adapters"]}
+        slot = manager.lora_index_to_id.index(ADAPTER_ID)
+        held = [
+            [stack[slot] for stack in stacks]
+            for module in manager.modules.values()
+            for stacks in (module.lora_a_stacked, module.lora_b_stacked)
+        ]
+        return adapter_report(_tensors(path), held)
+
+    def _new_arrival(self) -> Arrival:
+        if not hasattr(self, "_arrival"):
+            self._arrival = Arrival(self._model(), self.model_config.dtype)
+        return self._arrival
 
     def _reload(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         # vLLM warns at every reload that rotary embeddings (which have no weights) and tied heads
@@ -81,10 +113,9 @@ class CoprisWorkerExtension(_Worker):
 
     def explain_mismatch(self, path: str) -> str:
         """What can be said of the weights in the file and of those that the engine has now."""
-        arrival: Arrival | None = getattr(self, "_arrival", None)
-        if arrival is None:
-            return "what the engine computes with is not known: nothing was loaded in this way"
-        return arrival.explain(_tensors(path))
+        if not hasattr(self, "_arrival"):
+            return "what the engine has could not be found out: nothing was sent to it in this way"
+        return self._arrival.explain(_tensors(path))
 
     def _model(self) -> nn.Module:
         model: nn.Module = self.model_runner.get_model()

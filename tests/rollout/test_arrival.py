@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from copris_lightning.rollout.arrival import Arrival, checksum, fault
+from copris_lightning.rollout.arrival import Arrival, adapter_report, checksum, fault
 
 Sent = dict[str, Tensor]
 
@@ -80,8 +80,8 @@ def weights(seed: int = 0) -> Sent:
 
 
 def load(arrival: Arrival, model: Model, sent: Sent) -> dict[str, Any]:
-    with arrival.watching(iter(sent.items())) as tensors:
-        model.load(tensors)
+    with arrival.watching() as watched:
+        model.load(watched(iter(sent.items())))
     return arrival.report()
 
 
@@ -110,7 +110,7 @@ def test_loads_that_change_little_or_nothing_are_no_error(
     arrival, model, sent = running
     for changed in (sent, sent, step(sent, "embed"), step(sent, "v"), weights(1)):
         assert fault([load(arrival, model, changed)]) is None
-    assert "has what was sent, 5 tensors" in arrival.explain(changed.items())
+    assert "has what was sent, 5 tensors" in arrival.explain(iter(changed.items()))
 
 
 def stale_head(model: Model) -> None:
@@ -162,9 +162,9 @@ def test_weights_that_change_after_a_load_are_found_when_asked(
 ) -> None:
     arrival, model, sent = running
     model.norm.weight.data[0] += 1
-    assert "compute with what was sent for norm.weight" in arrival.explain(sent.items())
+    assert "compute with what was sent for norm.weight" in arrival.explain(iter(sent.items()))
     model.norm.weight.data.copy_(sent["norm"])
-    assert "no longer what was sent: q" in arrival.explain(step(sent, "q").items())
+    assert "no longer what was sent: q" in arrival.explain(iter(step(sent, "q").items()))
 
 
 def test_a_name_that_has_no_place_in_the_engine_is_an_error_once_it_is_trained(
@@ -188,3 +188,25 @@ def test_checksums_know_elements_and_not_their_order() -> None:
     other[2, 1] = torch.nextafter(other[2, 1], torch.tensor(torch.inf))
     assert checksum(other) != checksum(tensor)
     assert checksum(tensor.bfloat16()) != checksum(tensor)
+
+
+def test_adapters_are_compared_with_the_slots_that_hold_them() -> None:
+    a, b = torch.randn(2, 4), torch.randn(6, 2)
+    sent = {"qkv.lora_A": a, "qkv.lora_B": b, "o.lora_A": a + 1, "o.lora_B": torch.zeros(4, 2)}
+
+    def slot(tensor: Tensor) -> Tensor:
+        padded = torch.zeros(1, 8, 8)
+        padded[0, : tensor.shape[0], : tensor.shape[1]] = tensor
+        return padded
+
+    # One layer of the trainer's is three of the engine's, which share its A.
+    held = [
+        [slot(a)] * 3,
+        [slot(part) for part in b.split(2)],
+        [slot(a + 1)],
+        [slot(torch.zeros(4, 2))],
+    ]
+    assert fault([adapter_report(iter(sent.items()), held)]) is None
+    held[1][2] = slot(b[:2])
+    report = adapter_report(iter(sent.items()), held)
+    assert fault([report]) == "it does not compute with what was sent for qkv.lora_B"
