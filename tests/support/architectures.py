@@ -49,14 +49,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {
         "moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
         "topk_group": 1, "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16,
-        "num_key_value_heads": 2,
+        "qk_rope_head_dim": 32, "num_key_value_heads": 2,
     },
     "gpt_oss": {**_EXPERTS, "layer_types": ["full_attention", "sliding_attention"]},
 }  # fmt: skip
 """Model type, and what differs from the common settings."""
 
 REFUSED = {
-    "gemma2": "final_logit_softcapping=30",
+    "gemma2": "final_logit_softcapping=30.0",
     "cohere": "logit_scale=0.0625",
 }
 """Those that cannot be trained, and what the error names."""
