@@ -439,6 +439,8 @@ def adapter_report(tensors: Tensors, held: Iterable[Sequence[Tensor]]) -> dict[s
 def fault(reports: Iterable[dict[str, Any]]) -> str | None:
     """What is wrong with a load, in one sentence, from all workers' reports; ``None``: nothing."""
     reports = list(reports)
+    if not all(isinstance(report, dict) for report in reports):
+        return "its worker is of another version of this package, and did not compare"
     unused = set.intersection(*(set(report["unused"]) for report in reports))
     for names, what in (
         ({n for r in reports for n in r["stale"]}, "it does not compute with what was sent for"),

@@ -260,7 +260,10 @@ def split_experts(checkpoint: Path, directory: Path) -> Any:
     """Fused and renamed weights, and buffers that are saved, put together from two ranks."""
     results = {}
     for model_type in ("mixtral", "deepseek_v3"):
-        saved = tiny_architecture(model_type, directory / f"{model_type}-{dist.get_rank()}")
+        saved = directory / model_type
+        if dist.get_rank() == 0:  # the other would not write
+            tiny_architecture(model_type, saved)
+        dist.barrier()
         expected = {n: digest(t) for n, t in load_file(saved / "model.safetensors").items()}
         for kind in ("fsdp1", "fsdp2"):
             model = load_model(str(saved), dtype="float32", attn_implementation="eager")
