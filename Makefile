@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart simulated test check format clean
+.PHONY: setup quickstart simulated test test-models check format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,11 @@ simulated: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Every architecture of docs/models.md on the real engine; half an hour on two cores.
+# COPRIS_MODELS=qwen3_moe,mixtral chooses some.
+test-models: setup
+	COPRIS_MODELS=$(or $(COPRIS_MODELS),all) $(BIN)/python -m pytest tests/test_models.py
 
 check: setup
 	$(BIN)/ruff check .

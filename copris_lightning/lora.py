@@ -19,6 +19,8 @@ from copris_lightning.errors import ConfigurationError
 KEY = "model.init_args.lora"
 ADAPTER = "default"
 """peft's name of the only adapter."""
+ADAPTER_ID = 1
+"""vLLM's number of it."""
 
 _ADAPTED = re.compile(rf"(.+)\.(base_layer|lora_[AB]\.{ADAPTER})\.weight")
 _FILE_PREFIX = "base_model.model."
@@ -125,19 +127,14 @@ class LoRA:
             raise ConfigurationError(f"{KEY}.target_modules=[] names no layer")
         return list(chosen)
 
-    def for_engine(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """What the engine gets of the weights of a model with adapters.
+    def merged(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        r"""The weights of the model without adapters, as :math:`W + \frac{\alpha}{r} B A`.
+
+        Added up in fp32 and rounded to the dtype of W, one tensor at a time.
 
         Args:
-            weights: full tensors; one may be gone when the next is asked for.
-        """
-        return self.merged(weights) if self.sync == "merge" else self.adapters(weights)
-
-    def merged(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        r"""All weights under the checkpoint's names, as :math:`W + \frac{\alpha}{r} B A`.
-
-        Added up in fp32 and rounded to the dtype of W, one tensor at a time. Arguments as
-        :meth:`for_engine`.
+            weights: full tensors of a model with adapters; one may be gone when the next is asked
+                for.
         """
         waiting: dict[str, dict[str, Tensor]] = {}
         for name, tensor in weights:
@@ -158,7 +155,7 @@ class LoRA:
     def adapters(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """The adapters alone, named as in peft's files, with the scaling in B.
 
-        Arguments as :meth:`for_engine`.
+        Arguments as :meth:`merged`.
         """
         for name, tensor in weights:
             stem, adapter, _ = name.rpartition(f".{ADAPTER}.weight")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, cast
 
 import lightning as L
@@ -16,6 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
+from copris_lightning.checkpoint_form import as_saved, saved_buffers
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.corrections import Correction
 from copris_lightning.core.estimator import Estimate, PolicyGradient
@@ -316,7 +318,7 @@ class CoprisModule(L.LightningModule):
         return None if self.lora is None else self.lora.shape(empty_model(self.model))
 
     def named_weights(self, root: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
-        """The policy's full tensors under the checkpoint's names, tied ones once.
+        """The policy's full tensors as ``save_pretrained`` would write them, tied ones once.
 
         All ranks must go through all of them; see :func:`full_weights`.
 
@@ -324,8 +326,14 @@ class CoprisModule(L.LightningModule):
             root: what the strategy made of this module.
         """
         assert self.policy is not None, "configure_model() has not run"
-        weights = full_weights(self.policy.model, root or self)
-        yield from weights if self.lora is None else self.lora.for_engine(weights)
+        model = self.policy.model
+        weights = chain(full_weights(model, root or self), saved_buffers(model))
+        if self.lora is None:
+            yield from as_saved(model, weights)
+        elif self.lora.sync == "merge":
+            yield from as_saved(model, self.lora.merged(weights))
+        else:
+            yield from self.lora.adapters(weights)
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
         """Log the scores of some prompts."""

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.logprobs import token_logprobs, token_logprobs_and_entropy
+from copris_lightning.randomness import silence
 
 
 class Policy(nn.Module):
@@ -29,13 +30,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
-        # The engine has no dropout, and a policy with it is not the one that is synced.
-        layer: Any
-        for layer in model.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.p = 0.0
-            elif isinstance(getattr(layer, "attention_dropout", None), float):
-                layer.attention_dropout = 0.0
+        silence(model)
 
     def forward(
         self, batch: MicroBatch, entropy: Literal["none", "detached", "differentiable"] = "none"

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.randomness import without_noise
 
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Config fields of models that change logits after the head, which log-probs would miss."""
@@ -62,9 +63,12 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(model: str, *, dtype: str, attn_implementation: str) -> PreTrainedModel:
-    """The language model itself."""
+    """The language model itself, which draws no random numbers in training mode."""
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, attn_implementation=attn_implementation
+        model,
+        config=without_noise(AutoConfig.from_pretrained(model)),
+        dtype=dtype,
+        attn_implementation=attn_implementation,
     )
     return loaded
 

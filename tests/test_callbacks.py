@@ -137,7 +137,9 @@ def test_a_ledger_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.parametrize("change", [{"parity_tolerance": 0.0}, {"parity_sequences": 0}])
+@pytest.mark.parametrize(
+    "change", [{"parity_tolerance": 0.0}, {"parity_tolerance": math.nan}, {"parity_sequences": 0}]
+)
 def test_weight_sync_refuses_numbers_that_switch_the_probe_off_by_accident(
     change: dict[str, float],
 ) -> None:

@@ -214,3 +214,12 @@ def test_fsdp1_units_are_put_together_one_at_a_time(results: dict[str, Any]) -> 
     for result in outcomes(results, "fsdp1_weights"):
         assert result["gathered"] == result["expected"]
         assert result["held"] < 10**6
+
+
+def test_fused_and_renamed_weights_are_put_together_as_they_would_be_saved(
+    results: dict[str, Any],
+) -> None:
+    for result in outcomes(results, "split_experts"):
+        assert len(result) == 4
+        for gathered, expected in result.values():
+            assert gathered == expected

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
@@ -11,13 +11,17 @@ import torch
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
-from copris_lightning.core.batching import MicroBatch, collate
-from copris_lightning.core.trajectory import Segment, Trajectory
+from copris_lightning.callbacks.parity import (
+    Difference,
+    ParityProbe,
+    Tolerance,
+    check_repeatable,
+)
+from copris_lightning.core.batching import MicroBatch
 from copris_lightning.datamodules.rollout import RolloutDataModule
-from copris_lightning.errors import ConfigurationError, ParityError
+from copris_lightning.errors import ConfigurationError
 from copris_lightning.module import CoprisModule
-from copris_lightning.parallel import check_strategy, score
-from copris_lightning.rollout.engine import Weights
+from copris_lightning.parallel import check_strategy
 from copris_lightning.trainer_parts import datamodule
 
 _MIXED_TOLERANCE = 0.05
@@ -27,31 +31,40 @@ _MIXED_TOLERANCE = 0.05
 class WeightSync(L.Callback):
     """After each batch's last optimizer step, the engine gets the weights and is probed.
 
-    The probe compares the engine's log-probs of a few trained trajectories with the trainer's. A
-    sync that did not change what the engine computes, or changed it to something else, ends the
-    run with an error that names what differs. The first sync comes before the first rollout, so
-    that a restored run never generates with the weights the engine booted with.
+    Weights are compared where the engine loads them, tensor by tensor, and the probe compares the
+    engine's log-probs of a few trained trajectories with the trainer's. A weight that did not
+    arrive ends the run, and so does an engine that computes something else from the same weights.
+    The first sync comes before the first rollout, so that a restored run never generates with the
+    weights the engine booted with.
 
     Args:
-        parity_tolerance: largest difference of a token's log-prob, in nats. About 1e-6 is seen in
-            fp32; bf16 engines need 0.1 and more. ``null`` switches the probe off.
+        parity_tolerance: largest difference of a token's log-prob, in nats. ``auto`` measures at
+            the start how far engine and trainer differ on the same weights (about 1e-6 in fp32,
+            0.1 where one computes in bf16) and allows a multiple of that; ``null`` switches the
+            probe off.
         parity_sequences: trajectories compared at each sync.
 
     Raises:
         ConfigurationError: a number below its minimum.
     """
 
-    def __init__(self, parity_tolerance: float | None = 1e-4, parity_sequences: int = 4) -> None:
-        if parity_tolerance is not None and not parity_tolerance > 0:
-            raise ConfigurationError(f"WeightSync.parity_tolerance={parity_tolerance} must be > 0")
+    def __init__(self, parity_tolerance: Tolerance = "auto", parity_sequences: int = 4) -> None:
+        if parity_tolerance not in (None, "auto") and not float(parity_tolerance) > 0:
+            raise ConfigurationError(
+                f"WeightSync.parity_tolerance={parity_tolerance} must be > 0, auto or null"
+            )
         if parity_sequences < 1:
             raise ConfigurationError(f"WeightSync.parity_sequences={parity_sequences} must be >= 1")
         self.parity_tolerance = parity_tolerance
-        self.parity_sequences = parity_sequences
+        self.parity = ParityProbe(parity_tolerance, parity_sequences)
         self.version = 0
-        self.worst_parity = 0.0
         self._trained_since = False
         self._is_synced = False
+
+    @property
+    def worst_parity(self) -> float:
+        """The largest difference seen after a sync, in nats."""
+        return self.parity.worst
 
     def should_sync(self, trainer: L.Trainer, batch: MicroBatch) -> bool:
         """Whether to sync after this micro-batch: after a batch's last. Override to change it."""
@@ -77,12 +90,14 @@ class WeightSync(L.Callback):
         theirs = getattr(datamodule(trainer).engine, "dtype", None)
         ours = getattr(trainer.lightning_module, "dtype_name", theirs)
         tolerance = self.parity_tolerance
-        if theirs not in (None, ours) and tolerance is not None and tolerance < _MIXED_TOLERANCE:
+        if tolerance is None or tolerance == "auto":
+            return
+        if theirs not in (None, ours) and tolerance < _MIXED_TOLERANCE:
             raise ConfigurationError(
                 f"data.init_args.engine.init_args.engine_args.dtype={theirs} is not "
                 f"model.init_args.dtype={ours}: log-probs will differ by more than "
-                f"WeightSync.parity_tolerance={tolerance}; set the same dtype, or a tolerance of "
-                f"{_MIXED_TOLERANCE} and more"
+                f"WeightSync.parity_tolerance={tolerance}; set the same dtype, or the tolerance "
+                f"to auto or {_MIXED_TOLERANCE} and more"
             )
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -125,24 +140,34 @@ class WeightSync(L.Callback):
         parity = self.sync(trainer, pl_module, self.version + 1)
         pl_module.log("sync/seconds", time.perf_counter() - started, rank_zero_only=True)
         if parity is not None:
-            pl_module.log("sync/parity_max_abs", parity, rank_zero_only=True)
+            pl_module.log("sync/parity_max_abs", parity.largest, rank_zero_only=True)
+            pl_module.log("sync/parity_mean_abs", parity.mean, rank_zero_only=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The version, and whether optimizer steps were taken since."""
-        return {"version": self.version, "trained_since": self._trained_since}
+        """The version, whether optimizer steps were taken since, and the floor of the probe."""
+        floor = self.parity.floor
+        return {
+            "version": self.version,
+            "trained_since": self._trained_since,
+            "parity_floor": None if floor is None else [floor.largest, floor.mean],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting versions where the checkpoint stopped."""
         self.version = state_dict["version"]
         self._trained_since = state_dict["trained_since"]
+        floor = state_dict.get("parity_floor")
+        self.parity.floor = None if floor is None else Difference(*floor)
 
     # -- the sync itself -------------------------------------------------------------------
 
-    def sync(self, trainer: L.Trainer, pl_module: L.LightningModule, version: int) -> float | None:
+    def sync(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, version: int
+    ) -> Difference | None:
         """Push the weights as ``version`` and probe.
 
         Returns:
-            the largest difference of a log-prob, in nats; ``None`` without a probe.
+            the difference of log-probs; ``None`` without a probe.
 
         Raises:
             WeightSyncError: the weights did not arrive.
@@ -155,81 +180,19 @@ class WeightSync(L.Callback):
         def weights() -> Iterator[tuple[str, Tensor]]:
             return pl_module.named_weights(root)
 
+        self.parity.before_sync(trainer, data)
         data.update_weights(weights, version)
         self.version = version
         self._trained_since, self._is_synced = False, True
-        if self.parity_tolerance is None:
-            return None
-        return self._probe(trainer, data, weights)
+        return self.parity.after_sync(trainer, data, weights, version)
 
     def _first_sync(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_synced:
+            if datamodule(trainer).training is not None:
+                check_repeatable(trainer, datamodule(trainer), pl_module)
             # A checkpoint taken between an optimizer step and its sync holds newer weights than
             # those that bear the saved version. If it was taken within a batch, the batch's own
             # sync comes before anything is generated for training.
             training = datamodule(trainer).training
             is_newer = self._trained_since and not (training and training.has_open_batch)
             self.sync(trainer, pl_module, self.version + int(is_newer))
-
-    def _probe(self, trainer: L.Trainer, data: RolloutDataModule, weights: Weights) -> float | None:
-        """The worst difference; all ranks take part in the forward pass."""
-        assert data.exchange is not None
-        assert self.parity_tolerance is not None
-        names: list[str] = []
-        sequences: list[list[int]] = []
-        scores: list[list[float]] | None = None
-        batch: MicroBatch | None = None
-        with data.exchange.leading():
-            if data.session is not None:
-                names, sequences = data.probe_sequences(self.parity_sequences)
-                scores = data.session.call(data.engine.score(sequences))
-                batch = None if scores is None else _probe_batch(sequences)
-        batch = data.exchange.broadcast(batch)
-        if batch is None:
-            return None
-        ours = score(trainer, batch)
-        worst, where = data.exchange.broadcast(_worst(names, sequences, ours, scores or []))
-        self.worst_parity = max(self.worst_parity, worst)
-        if worst > self.parity_tolerance:
-            whole = data.whole_weights(weights)
-            with data.exchange.leading():
-                if data.session is not None:
-                    cause = data.session.call(data.engine.explain_mismatch(whole.items()))
-                    raise ParityError(
-                        f"after the sync of version {self.version} the engine's log-probs differ "
-                        f"from the trainer's by up to {worst:.3g} nats, tolerance "
-                        f"WeightSync.parity_tolerance={self.parity_tolerance}; worst at {where}. "
-                        f"{cause}"
-                    )
-        return worst
-
-
-def _worst(
-    names: Sequence[str],
-    sequences: Sequence[Sequence[int]],
-    ours: Tensor,
-    theirs: Sequence[Sequence[float]],
-) -> tuple[float, str]:
-    """The largest difference of a log-prob, and where it is."""
-    worst, where = 0.0, ""
-    for name, sequence, row, values in zip(names, sequences, ours, theirs, strict=False):
-        difference = (row[: len(values)] - torch.tensor(values)).abs()
-        # A value that is not a number is the worst of all.
-        difference = torch.where(difference.isnan(), torch.inf, difference)
-        position = int(difference.argmax())
-        if float(difference[position]) >= worst:
-            worst = float(difference[position])
-            where = (
-                f"token {position + 1} (id {sequence[position + 1]}) of prompt {name!r}: "
-                f"engine {values[position]:.6f}, trainer {float(row[position]):.6f}"
-            )
-    return worst, where
-
-
-def _probe_batch(sequences: Sequence[Sequence[int]]) -> MicroBatch:
-    """Whole sequences as responses to their first token, at temperature 1."""
-    rows = []
-    for i, tokens in enumerate(sequences):
-        segment = Segment(0, list(tokens[1:]), [0.0] * (len(tokens) - 1))
-        rows.append(Trajectory(0, i, "probe", (tokens[0],), len(tokens), [segment]))
-    return collate(rows, source=None)

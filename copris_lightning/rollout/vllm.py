@@ -9,13 +9,15 @@ import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-from copris_lightning.lora import AdapterShape, adapter_shape, as_folder
+from copris_lightning.lora import ADAPTER_ID, AdapterShape, adapter_shape, as_folder
+from copris_lightning.rollout.arrival import fault
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
 from copris_lightning.rollout.owner import OWNER_VARIABLE, this_process
 from copris_lightning.rollout.weight_files import hand_over_prefix, handed_over
@@ -247,11 +249,12 @@ class VLLMEngine:
         with handed_over(tensors.items(), self.sync_directory) as path:
             try:
                 if adapter is None:
-                    await llm.collective_rpc("load_trainer_weights", args=(str(path),))
+                    reports = await llm.collective_rpc("load_trainer_weights", args=(str(path),))
                 else:
-                    await self._load_adapter(llm, str(as_folder(path, adapter)))
+                    reports = await self._load_adapter(llm, as_folder(path, adapter))
             except Exception as error:  # vLLM passes a worker's error on as a bare Exception
                 raise WeightSyncError(f"vLLM could not load version {version}: {error}") from error
+        _check_arrival(reports, version)
         await self.finish_update(version)
 
     def new_sender(self, weights: Weights, rank: int, run: Run) -> Callable[[], None] | None:
@@ -272,10 +275,14 @@ class VLLMEngine:
             )
         if self._asleep:
             await llm.wake_up(["weights"])
+        if self.transport != "files":
+            await llm.collective_rpc("watch_transfer")
 
     async def finish_update(self, version: int) -> None:
         """Wake the KV cache and drop the prefixes computed with the old weights."""
         llm = self._running()
+        if self.transport != "files":
+            _check_arrival(await llm.collective_rpc("transfer_report"), version)
         if self._asleep:
             await llm.wake_up(["kv_cache"])
             self._asleep = False
@@ -302,13 +309,18 @@ class VLLMEngine:
             await self._running().wake_up()
             self._asleep = False
 
-    async def _load_adapter(self, llm: AsyncLLM, folder: str) -> None:
+    async def _load_adapter(self, llm: AsyncLLM, folder: Path) -> list[dict[str, Any]]:
         """Replace the adapter that all requests from now on are answered with."""
         from vllm.lora.request import LoRARequest
 
-        await llm.add_lora(LoRARequest("policy", 1, folder, load_inplace=True))
+        await llm.add_lora(LoRARequest("policy", ADAPTER_ID, str(folder), load_inplace=True))
         # Not loaded in place again: requests only name it, and its files will be gone.
-        self._adapter = LoRARequest("policy", 1, folder)
+        self._adapter = LoRARequest("policy", ADAPTER_ID, str(folder))
+        file = folder / "adapter_model.safetensors"
+        reports: list[dict[str, Any]] = await llm.collective_rpc(
+            "adapter_report", args=(str(file),)
+        )
+        return reports
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
         """Log-probs at temperature 1 by vLLM's prefill. See :class:`Engine`."""
@@ -337,8 +349,8 @@ class VLLMEngine:
         tensors = dict(weights)
         if adapter_shape(tensors) is not None:
             return (
-                "the adapter had arrived; the engine's other weights, or its dtype, are not the "
-                "trainer's"
+                "the engine applies the adapter that was sent; its other weights were not "
+                "compared, and it may compute in another dtype than the trainer"
             )
         with handed_over(tensors.items(), self.sync_directory) as path:
             answers = await self._running().collective_rpc("explain_mismatch", args=(str(path),))
@@ -377,6 +389,12 @@ class VLLMEngine:
             raise EngineError("the vLLM engine died; its own log says why") from error
         except (EngineGenerateError, VLLMValidationError, ValueError) as error:
             raise EngineError(f"vLLM refused request {request_id}: {error}") from error
+
+
+def _check_arrival(reports: list[dict[str, Any]], version: int) -> None:
+    found = fault(reports)
+    if found is not None:
+        raise WeightSyncError(f"version {version} did not arrive in the engine: {found}")
 
 
 def _adapter_arguments(adapter: AdapterShape | None) -> dict[str, Any]:

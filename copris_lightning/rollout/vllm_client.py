@@ -15,6 +15,7 @@ import aiohttp
 
 from copris_lightning.core.trajectory import FinishReason
 from copris_lightning.errors import EngineError, WeightSyncError
+from copris_lightning.rollout.arrival import fault
 
 _GENERATE = "/inference/v1/generate"
 _LEAST_LOGPROB = -9999.0
@@ -179,13 +180,15 @@ class VLLMServer:
             # drops all prefixes computed with the old weights.
             await self._ask("POST", "/pause?mode=abort", timeout_s=self._timeouts.stall_s)
             try:
-                await self._rpc("load_trainer_weights", path, self._timeouts.sync_s)
+                found = fault(await self._rpc("load_trainer_weights", path, self._timeouts.sync_s))
             finally:
                 await self._ask("POST", "/resume")
         except RefusedError as error:
             if not await self._is_healthy():
                 raise LostError(f"{self.url}: its engine died") from error
             raise WeightSyncError(f"{self.url} could not load the weights: {error}") from error
+        if found is not None:
+            raise WeightSyncError(f"the weights did not arrive at {self.url}: {found}")
 
     async def explain_mismatch(self, path: Path) -> str:
         """Which parts of its model do not compute with the weights of a safetensors file."""

@@ -53,10 +53,11 @@ def test_zero_3_with_a_reference_is_told_what_works() -> None:
         ("float32", 1e-4, False),
         ("float", 1e-4, False),
         ("auto", 1e-4, False),
+        ("bfloat16", "auto", False),
     ],
 )
-def test_an_engine_in_another_precision_needs_a_wider_tolerance(
-    dtype: str, tolerance: float | None, is_refused: bool
+def test_an_engine_in_another_precision_needs_a_wider_number(
+    dtype: str, tolerance: Any, is_refused: bool
 ) -> None:
     sync = WeightSync(parity_tolerance=tolerance)
     run = trainer(SingleDeviceStrategy("cpu"), VLLMEngine({"dtype": dtype}))

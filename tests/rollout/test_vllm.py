@@ -130,14 +130,27 @@ def running_untied_vllm(untied_checkpoint: Path, cpu_engine_args: dict[str, Any]
         loop.close()
 
 
-def test_a_mismatch_is_explained_by_the_layers_that_differ(synced: Running, model: Any) -> None:
+def test_a_mismatch_is_explained_by_what_the_engine_has(synced: Running, model: Any) -> None:
     engine, call = synced
-    assert "all weights had arrived" in call(engine.explain_mismatch(model.named_parameters()))
+    explanation = call(engine.explain_mismatch(model.named_parameters()))
+    assert "the engine has what was sent" in explanation
+    assert "its dtype is float32" in explanation
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
     explanation = call(engine.explain_mismatch(model.named_parameters()))
-    assert "model.layers.1.mlp.down_proj" in explanation
-    assert "layers.0" not in explanation
+    assert explanation.endswith("no longer what was sent: model.layers.1.mlp.down_proj.weight")
+
+
+def test_a_sync_without_one_of_the_weights_is_an_error(synced: Running, model: Any) -> None:
+    engine, call = synced
+    for left_out, found in (
+        ("model.layers.0.self_attn.k_proj.weight", "sent for model.layers.0.self_attn.qkv_proj"),
+        ("model.norm.weight", "nothing was sent for its model.norm.weight"),
+    ):
+        weights = [(n, p) for n, p in model.named_parameters() if n != left_out]
+        with pytest.raises(WeightSyncError, match=f"version 78 did not arrive .*{found}"):
+            call(engine.update_weights(weights, 78))
+    call(engine.update_weights(model.named_parameters(), engine.version + 1))
 
 
 def test_weights_are_refused_while_requests_are_in_flight(synced: Running, model: Any) -> None:

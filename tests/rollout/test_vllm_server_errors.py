@@ -35,6 +35,7 @@ class Fake:
             minus the token.
         broken: routes that answer with an error, and its status.
         requests: bodies of the requests to generate.
+        arrival: what it says of a load.
     """
 
     model: str = "some/model"
@@ -46,6 +47,7 @@ class Fake:
     broken: dict[str, int] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
     calls: list[str] = field(default_factory=list)
+    arrival: Any = field(default_factory=lambda: {"stale": [], "missing": [], "unused": []})
     url: str = ""
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -62,7 +64,11 @@ class Fake:
         tokens = body.get("token_ids", [])
         card = {"id": "x", "root": self.model, "max_model_len": self.max_model_len}
         facts = {"logprobs_mode": self.logprobs_mode, "sees_file": self.sees_file}
-        results = {"describe": {**facts, "max_num_seqs": 16}, "explain_mismatch": "all is well"}
+        results = {
+            "describe": {**facts, "max_num_seqs": 16},
+            "load_trainer_weights": self.arrival,
+            "explain_mismatch": "all is well",
+        }
         answers: dict[str, Any] = {
             "/v1/models": {"data": [card]},
             "/collective_rpc": {"results": [results.get(body.get("method", ""))]},
@@ -307,6 +313,25 @@ def test_a_failed_load_is_an_error_unless_the_server_is_dead(healthy: bool) -> N
         for fake in fakes:  # whatever happened, nobody is left paused
             paused = [call for call in fake.calls if call in ("/pause", "/resume")]
             assert paused[-1] == "/resume"
+
+    fakes = [Fake(), Fake()]
+    run(fakes, sync)
+
+
+@pytest.mark.parametrize(
+    ("report", "found"),
+    [
+        ({"stale": ["lm_head.weight"], "missing": [], "unused": []}, "sent for lm_head.weight"),
+        (None, "another version of this package"),
+    ],
+)
+def test_weights_that_did_not_arrive_on_one_of_the_servers_end_the_run(
+    report: Any, found: str
+) -> None:
+    async def sync(engine: VLLMServerEngine) -> None:
+        fakes[1].arrival = report
+        with pytest.raises(WeightSyncError, match=rf"did not arrive at {engine.urls[1]}.*{found}"):
+            await engine.update_weights(WEIGHTS, 1)
 
     fakes = [Fake(), Fake()]
     run(fakes, sync)

@@ -96,12 +96,12 @@ class FailingReward:
 class RecordingExtension(CoprisWorkerExtension):
     """Writes down a digest of each weight that arrives in the worker, beside its environment."""
 
-    def load_trainer_weights(self, path: str) -> None:
+    def load_trainer_weights(self, path: str) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             digests = {name: digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         with open(os.environ["COPRIS_TEST_RECORD"], "a") as record:
             record.write(json.dumps(digests) + "\n")
-        super().load_trainer_weights(path)
+        return super().load_trainer_weights(path)
 
 
 class RecordingEngine(VLLMEngine):
@@ -113,8 +113,8 @@ class RecordingEngine(VLLMEngine):
 class StaleHeadExtension(CoprisWorkerExtension):
     """Loads weights without repairing the tied head."""
 
-    def load_trainer_weights(self, path: str) -> None:
-        self._reload(path)
+    def _repack_tied_head(self) -> None:
+        pass
 
 
 class StaleHeadEngine(VLLMEngine):

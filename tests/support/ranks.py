@@ -12,23 +12,28 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from architectures import tiny_architecture
 from copris_testing import SomePrompts, digest, full_state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
 from simulated_fits import build, ledger, parity
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
+from copris_lightning.checkpoint_form import as_saved, saved_buffers
 from copris_lightning.core.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError, RewardError, RolloutError
-from copris_lightning.parallel import full_weights
+from copris_lightning.parallel import full_weights, shard
 from copris_lightning.policy import Policy
 from copris_lightning.pretrained import load_model
 
@@ -232,18 +237,46 @@ def failing_in_validation(checkpoint: Path, directory: Path) -> Any:
 def fsdp1_weights(checkpoint: Path, directory: Path) -> Any:
     """Lightning's FSDPStrategy asks for a GPU; what it wraps modules in does not."""
     model = load_model(str(checkpoint), dtype="float32", attn_implementation="sdpa")
-    layer = type(model.base_model.layers[0])
     expected = {name: digest(p.detach()) for name, p in model.named_parameters()}
     policy = Policy(model, chunk_tokens=64)
-    root = FullyShardedDataParallel(
+    root = fsdp1(policy)
+    held = sum(p.numel() for p in policy.parameters())
+    gathered = {name: digest(tensor) for name, tensor in full_weights(model, root)}
+    return {"expected": expected, "gathered": gathered, "held": held}
+
+
+def fsdp1(policy: Policy) -> FullyShardedDataParallel:
+    layer = type(policy.model.base_model.layers[0])
+    return FullyShardedDataParallel(
         policy,
         auto_wrap_policy=ModuleWrapPolicy({layer}),
         use_orig_params=True,
         device_id=torch.device("cpu"),
     )
-    held = sum(p.numel() for p in policy.parameters())
-    gathered = {name: digest(tensor) for name, tensor in full_weights(model, root)}
-    return {"expected": expected, "gathered": gathered, "held": held}
+
+
+@scenario
+def split_experts(checkpoint: Path, directory: Path) -> Any:
+    """Fused and renamed weights, and buffers that are saved, put together from two ranks."""
+    results = {}
+    for model_type in ("mixtral", "deepseek_v3"):
+        saved = directory / model_type
+        if dist.get_rank() == 0:  # the other would not write
+            tiny_architecture(model_type, saved)
+        dist.barrier()
+        expected = {n: digest(t) for n, t in load_file(saved / "model.safetensors").items()}
+        for kind in ("fsdp1", "fsdp2"):
+            model = load_model(str(saved), dtype="float32", attn_implementation="eager")
+            policy = Policy(model, chunk_tokens=64)
+            root: torch.nn.Module = policy
+            if kind == "fsdp1":
+                root = fsdp1(policy)
+            else:
+                shard(policy, model, init_device_mesh("cpu", (2,)))
+            weights = chain(full_weights(model, root), saved_buffers(model))
+            gathered = {name: digest(tensor) for name, tensor in as_saved(model, weights)}
+            results[model_type, kind] = (gathered, expected)
+    return results
 
 
 def main(checkpoint: Path, directory: Path) -> None:

@@ -1,0 +1,103 @@
+"""Architectures, each trained for two batches on the real engine: the table in docs/models.md.
+
+One of them in a run of the suite, another every day; ``COPRIS_MODELS=all`` for all of them
+(``make test-models``), or names with commas between.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from architectures import REFUSED, TRAINED, tiny_architecture
+from copris_testing import ShareOfDigits, SomePrompts
+
+from copris_lightning import CoprisModule, RolloutDataModule, VLLMEngine, WeightSync
+from copris_lightning.errors import ConfigurationError
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+def chosen() -> list[str]:
+    names = list(TRAINED)
+    wanted = os.environ.get("COPRIS_MODELS", "")
+    if wanted == "all":
+        return names
+    if wanted:
+        unknown = set(wanted.split(",")) - set(names)
+        assert not unknown, f"COPRIS_MODELS: no {', '.join(unknown)} among {', '.join(names)}"
+        return wanted.split(",")
+    return [names[datetime.date.today().toordinal() % len(names)]]
+
+
+@pytest.mark.parametrize("name", chosen())
+def test_an_architecture_trains_on_the_real_engine(
+    name: str, cpu_engine_args: dict[str, Any], tmp_path: Path
+) -> None:
+    checkpoint = tiny_architecture(name, tmp_path)
+    module = CoprisModule(
+        str(checkpoint), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5)
+    )
+    data = RolloutDataModule(
+        str(checkpoint),
+        prompts=SomePrompts(),
+        reward=ShareOfDigits(),
+        engine=VLLMEngine(cpu_engine_args),
+        cap=12,
+        batch_groups=2,
+        group_size=4,
+        max_prompt_tokens=16,
+        max_new_tokens=48,
+    )
+    sync = WeightSync(parity_sequences=8)
+    weights: list[dict[str, torch.Tensor]] = []
+
+    class Keep(L.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            weights.append({n: t.clone() for n, t in pl_module.named_weights()})
+
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            weights.append({n: t.clone() for n, t in pl_module.named_weights()})
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[sync, Keep()],
+    )
+    trainer.fit(module, datamodule=data)
+    assert sync.version == 2
+    before, after = weights
+    # Experts that no token was sent to have no gradient.
+    still = [n for n in before if torch.equal(before[n], after[n]) and ".experts." not in n]
+    print(f"{name}: parity {sync.worst_parity:.1e}, unchanged {still}")
+    assert sync.worst_parity < 1e-4
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_architecture_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    checkpoint = tiny_architecture(name, tmp_path)
+    with pytest.raises(ConfigurationError, match=re.escape(REFUSED[name])):
+        CoprisModule(str(checkpoint))
+
+
+def test_the_page_has_a_row_for_each() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]+) \|$", PAGE.read_text(), re.M)
+    outcomes = dict(rows)
+    assert len(rows) == len(outcomes) >= 12
+    assert set(outcomes) == {*TRAINED, *REFUSED}
+    for name in TRAINED:
+        figure = re.fullmatch(r"parity (\d\.\de-\d\d)", outcomes[name])
+        assert figure is not None, name
+        assert float(figure[1]) < 1e-4
+    for name, reason in REFUSED.items():
+        assert outcomes[name] == f"refused: `{reason}`"
