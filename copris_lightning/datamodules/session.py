@@ -13,12 +13,15 @@ from transformers import PreTrainedTokenizerBase
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import Trajectory
-from copris_lightning.datamodules.loop_thread import LoopThread
-from copris_lightning.rollout.engine import Engine, EngineSpec
+from copris_lightning.datamodules.loop_thread import CLEANUP_S, LoopThread, StuckError
+from copris_lightning.rollout.engine import Engine, EngineSpec, Killable
 from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
 
 T = TypeVar("T")
+
+BRIEF_S = 60.0
+"""How long what takes no time may take on the rollout thread, in seconds."""
 
 
 class RolloutSession:
@@ -63,16 +66,17 @@ class RolloutSession:
         finally:
             workers.cancel()
 
-    def call(self, work: Coroutine[Any, Any, T], *, watch: bool = False) -> T:
+    def call(self, work: Coroutine[Any, Any, T], *, watch: bool = True) -> T:
         """Run a coroutine on the rollout thread and wait for its result.
 
         Args:
             work: runs on the engine's loop.
-            watch: call ``on_wait`` meanwhile, which may stop it.
+            watch: call ``on_wait`` meanwhile, which may stop it. Not for what takes no time and
+                must also be had of a run that is being ended, such as its state.
         """
         if watch:
             return self._loop.call(work, on_wait=self._on_wait)
-        return self._loop.call(work)
+        return self._loop.call(work, timeout_s=BRIEF_S)
 
     @property
     def is_open(self) -> bool:
@@ -141,7 +145,7 @@ class RolloutSession:
             return
         with ExitStack() as steps:  # last in, first out; each runs even if another fails
             steps.callback(self._loop.close)
-            steps.callback(lambda: self._loop.call(self.engine.close()))
+            steps.callback(self._close_engine)
             steps.callback(self._scorer.close)
             for scheduler in list(self._schedulers):
                 steps.callback(self.close_scheduler, scheduler)
@@ -149,4 +153,13 @@ class RolloutSession:
     def close_scheduler(self, scheduler: RolloutScheduler) -> None:
         """Cancel what a scheduler has going and let go of it."""
         self._schedulers = [s for s in self._schedulers if s is not scheduler]
-        self._loop.call(scheduler.close())
+        self._loop.call(scheduler.close(), timeout_s=BRIEF_S)
+
+    def _close_engine(self) -> None:
+        """Close it, or kill its processes: Python's end would wait for them."""
+        try:
+            self._loop.call(self.engine.close(), timeout_s=CLEANUP_S)
+        except StuckError:
+            if isinstance(self.engine, Killable):
+                self.engine.kill()
+            raise
