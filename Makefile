@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart simulated test check format clean
+.PHONY: setup quickstart simulated test test-kills check format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,11 @@ simulated: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Runs and engines ended by each signal, in each process, in each phase: an engine boot each.
+# `make test-kills ARGS="-k sync"` takes a part of it.
+test-kills: setup
+	$(BIN)/python -m pytest -m kills $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

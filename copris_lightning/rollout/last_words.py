@@ -61,14 +61,14 @@ def _in_one_line(error: BaseException) -> str:
     return f"{text[: _LONGEST - 100]} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
 
 
-def read_cause(directory: str | Path, within_s: float = 60.0) -> str:
-    """The first error of those that the processes reported in the last ``within_s`` seconds: the
-    others follow from it. Empty if there is none."""
+def read_cause(directory: str | Path, since: float) -> str:
+    """The first error that the processes reported since a time (as of ``time.time()``): others
+    follow from it. Empty if there is none."""
     lines: list[dict[str, Any]] = []
     for path in Path(directory).glob("*.jsonl"):
         with suppress(OSError, ValueError):
             lines += [json.loads(line) for line in path.read_text().splitlines()]
-    recent = [line for line in lines if line["time"] >= time.time() - within_s]
+    recent = [line for line in lines if line["time"] >= since]
     if not recent:
         return ""
     first = min(recent, key=lambda line: float(line["time"]))

@@ -252,7 +252,7 @@ class VLLMEngine:
                     await self._processes.call(load, "load the weights")
                 else:
                     await self._load_adapter(llm, str(as_folder(path, adapter)))
-            except Exception as error:  # vLLM passes a worker's error on as a bare Exception
+            except EngineError as error:
                 raise WeightSyncError(f"vLLM could not load version {version}: {error}") from error
         await self.finish_update(version)
 
@@ -385,9 +385,11 @@ class VLLMEngine:
                 async with aclosing(stream) as outputs:
                     async for output in outputs:
                         self._processes.heard()
-                        if output.outputs[0].finish_reason == "abort":
-                            # Nobody here asked for that: the engine was told to stop.
-                            raise EngineDeadError
+                        if output.outputs[0].finish_reason == "abort":  # by nobody here
+                            raise await self._processes.death(
+                                "it ended its requests by itself, as it does when a signal tells "
+                                "its core to stop"
+                            )
                         yield output
         except EngineDeadError as error:
             raise await self._processes.death() from error

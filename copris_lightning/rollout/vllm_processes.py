@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -40,8 +41,11 @@ _ORPHAN_S = 5.0
 """How long the workers may outlive the engine's core."""
 _GIVE_UP_S = 30.0
 """How long a boot may take to notice that its processes were killed."""
-_LAST_WORDS_S = 10.0
-"""How long an engine that is known to be dying may take to die: its exit code may say of what."""
+_LATELY_S = 60.0
+"""How long before its end an engine may have told the reason, in seconds."""
+_LAST_WORDS_S = 5.0
+"""How long to wait for a dying engine's exit code, where nothing else says what it dies of. Told to
+stop, it takes up to 15 s."""
 
 _log = logging.getLogger(__name__)
 
@@ -185,22 +189,34 @@ class VLLMProcesses:
             doing: what the engine is asked to do, for the error.
 
         Raises:
-            EngineError: the engine died, or took longer than ``deadlines.sync_s``.
+            EngineError: the engine could not, died, or took longer than ``deadlines.sync_s``.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
         assert self._watchdog is not None
+        began = time.time()
         try:
             deadline = (f"{_KEY}.sync_s", self._deadlines.sync_s)
             return await self._watchdog.guard(work, doing, deadline)
+        except EngineError:
+            raise
         except EngineDeadError as error:
             raise await self.death() from error
+        except Exception as error:  # vLLM passes a worker's error on as a bare Exception
+            raise EngineError(self._cause(began) or str(error)) from error
 
-    async def death(self) -> EngineError:
-        """The error that says why the engine, which is known to have died, did."""
+    async def death(self, seen: str = "") -> EngineError:
+        """The error that says why the engine, which is known to have died, did.
+
+        Args:
+            seen: what it was known by; said where nothing else is known.
+        """
         assert self._watchdog is not None
-        await self._watchdog.wait_for_death(_LAST_WORDS_S)
-        return EngineError(self._watchdog.verdict())
+        cause = self._cause()
+        if not cause:
+            await self._watchdog.wait_for_death(_LAST_WORDS_S)
+            cause = self._cause() or seen
+        return EngineError(obituary(self._cores, cause))
 
     def check_alive(self) -> None:
         """Raise what :meth:`death` says, if the engine has died already.
@@ -245,8 +261,10 @@ class VLLMProcesses:
         _log.error(f"the engine hangs: {self._stalled}")
         self.kill()
 
-    def _cause(self) -> str:
-        known = "" if self._directory is None else read_cause(self._directory)
+    def _cause(self, since: float | None = None) -> str:
+        """What the processes said, since a time or lately; may be empty."""
+        since = time.time() - _LATELY_S if since is None else since
+        known = "" if self._directory is None else read_cause(self._directory, since)
         return self._stalled or known
 
     # -- end -------------------------------------------------------------------------------
