@@ -14,9 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.loop_thread import CLEANUP_S, LoopThread, StuckError
+from copris_lightning.errors import RewardError
 from copris_lightning.rollout.engine import Engine, EngineSpec, Killable
 from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
+from copris_lightning.rollout.watchdog import REWARD_START_S
 
 T = TypeVar("T")
 
@@ -51,20 +53,33 @@ class RolloutSession:
         self._closed = threading.Lock()
         self._loop = LoopThread(engine.new_event_loop)
         try:
-            self.call(self._start(spec), watch=True)
+            self.call(self._start(spec))
+            self._wait_for_rewards()
         except BaseException:
             self.close()
             raise
 
     async def _start(self, spec: EngineSpec) -> None:
         # The reward's processes start by themselves while the engine boots.
-        workers = asyncio.create_task(self._scorer.start())
+        self._starting = asyncio.create_task(self._scorer.start())
         await asyncio.sleep(0)
         try:
             await self.engine.start(spec)
-            await workers
-        finally:
-            workers.cancel()
+        except BaseException:
+            self._starting.cancel()
+            raise
+
+    def _wait_for_rewards(self) -> None:
+        async def started() -> None:
+            await self._starting
+
+        try:
+            self._loop.call(started(), on_wait=self._on_wait, timeout_s=REWARD_START_S)
+        except StuckError as error:
+            raise RewardError(
+                f"the processes of data.init_args.reward ({self.reward_name}) have not started "
+                f"after {REWARD_START_S:g} s: importing it must not wait for anything"
+            ) from error
 
     def call(self, work: Coroutine[Any, Any, T], *, watch: bool = True) -> T:
         """Run a coroutine on the rollout thread and wait for its result.

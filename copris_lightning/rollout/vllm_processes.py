@@ -86,6 +86,7 @@ class VLLMProcesses:
         Raises:
             EngineError: it did not start (in time); says why.
         """
+        self._stalled = ""
         # Removed with the weights' own directories by the workers, if this process is killed.
         parent, prefix = os.path.split(self._hand_over)
         self._directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))

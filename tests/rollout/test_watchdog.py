@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import os
 import signal
@@ -9,11 +10,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from copris_lightning.errors import ConfigurationError, EngineError
-from copris_lightning.rollout import watchdog
+from copris_lightning.rollout import vllm, watchdog
 from copris_lightning.rollout.watchdog import Deadlines, Watchdog
 
 LONG = ("deadlines.sync_s", 60.0)
@@ -205,3 +207,11 @@ def test_a_wait_that_is_cancelled_cancels_the_call(child: Child) -> None:
 def test_deadlines_are_above_zero(field: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"deadlines\.{field}=0 must be above 0"):
         Deadlines(**{field: 0})
+
+
+def test_every_call_to_vllm_is_watched() -> None:
+    """A bare ``await llm.something()`` would hang for ever if the engine died within it."""
+    tree = ast.parse(Path(vllm.__file__).read_text())
+    awaited = [ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Await)]
+    assert any("_processes.call(" in call for call in awaited)
+    assert [call for call in awaited if call.startswith(("llm.", "self._running()"))] == []
