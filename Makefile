@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart simulated test test-models check format clean
+.PHONY: setup quickstart simulated test test-models test-kills check format clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,11 @@ test: setup
 # COPRIS_MODELS=qwen3_moe,mixtral chooses some.
 test-models: setup
 	COPRIS_MODELS=$(or $(COPRIS_MODELS),all) $(BIN)/python -m pytest tests/test_models.py
+
+# Runs and engines ended by each signal, in each process, in each phase: an engine boot each.
+# `make test-kills ARGS="-k sync"` takes a part of it.
+test-kills: setup
+	$(BIN)/python -m pytest -m kills $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,115 +1,143 @@
-"""Whole runs of the command with vLLM, ended in every way: nothing may be left behind."""
+"""Whole runs of the command with vLLM: one that ends by itself, and those that are ended.
+
+A run can be told to stop by any signal, to any of its processes, at any time. :data:`CELLS` is all
+of that; ``make test-kills`` goes through it, and the default suite has another cell each day.
+"""
 
 from __future__ import annotations
 
+import datetime
+import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from served import is_alive
+from holding import PLACES
+from runs import Run, quickstart
 
-ROOT = Path(__file__).parents[1]
-DEADLINE_S = 240
-
-
-def command(checkpoint: Path, *args: str) -> list[str]:
-    config = str(ROOT / "configs" / "quickstart.yaml")
-    small = ["cap", "16", "batch_groups", "4", "group_size", "2", "max_new_tokens", "64"]
-    pairs = zip(small[::2], small[1::2], strict=True)
-    changes = [part for name, value in pairs for part in (f"--data.init_args.{name}", value)]
-    return [
-        sys.executable,
-        "-m",
-        "copris_lightning",
-        "fit",
-        "--config",
-        config,
-        "--model.init_args.model",
-        str(checkpoint),
-        *changes,
-        *args,
-    ]
+IN_THE_ENGINE = ("boot", "sync", "stage")
+VICTIMS = ("core", "worker", "engine", "trainer", "group")
+SIGNALS = ("SIGINT", "SIGTERM", "SIGKILL")
+CELLS = [
+    cell
+    for cell in itertools.product(PLACES, VICTIMS, SIGNALS)
+    # Nobody is left who could remove vLLM's shared memory.
+    if cell[1:] != ("group", "SIGKILL")
+]
 
 
-class Run:
-    """A command in a session of its own, with all processes it ever started."""
+def of_today() -> tuple[str, str, str]:
+    """Another cell each day, far from yesterday's."""
+    step = 37
+    assert len(CELLS) % step
+    return CELLS[datetime.date.today().toordinal() * step % len(CELLS)]
 
-    def __init__(self, args: list[str], directory: Path) -> None:
-        support = str(ROOT / "tests" / "support")
-        self.log = directory / "log.txt"
-        self.shared_before = set(os.listdir("/dev/shm"))
-        self.process = subprocess.Popen(
-            args,
-            cwd=directory,
-            stdout=self.log.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": support},
+
+@pytest.fixture
+def run_held(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[object]:
+    """A function that starts a run and returns when it waits at a place."""
+    runs: list[Run] = []
+
+    def start(place: str, *, sigint_ignored: bool) -> Run:
+        marker = tmp_path / "marker"
+        holding = ["--model", "holding.HoldingModule"]
+        for name, value in (("engine", "Engine"), ("reward", "Reward")):
+            holding += [f"--data.init_args.{name}", f"holding.Holding{value}"]
+        run = Run(
+            quickstart(tiny_checkpoint, *holding, "--trainer.max_steps=1000"),
+            tmp_path,
+            environment={"COPRIS_TEST_PLACE": place, "COPRIS_TEST_MARKER": str(marker)},
+            sigint_ignored=sigint_ignored,
         )
-        self.started: dict[int, psutil.Process] = {}
+        runs.append(run)
+        run.wait_until(marker.exists)
+        return run
 
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def look(self) -> None:
-        try:
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                self.started[child.pid] = child
-        except psutil.NoSuchProcess:
-            pass
-
-    def wait_until(self, reached: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while not reached():
-            self.look()
-            assert self.process.poll() is None, self.output()[-3000:]
-            assert time.monotonic() < deadline, self.output()[-3000:]
-            time.sleep(0.1)
-        self.look()
-
-    def is_rolling_out(self) -> bool:
-        return "in flight" in self.output()
-
-    def is_booting(self) -> bool:
-        """The engine's core has begun to start its workers."""
-        try:
-            return any("EngineCore" in " ".join(p.cmdline()) and p.children() for p in self.alive())
-        except psutil.NoSuchProcess:
-            return False
-
-    def alive(self) -> list[psutil.Process]:
-        return [process for process in self.started.values() if is_alive(process)]
-
-    def wait(self) -> int:
-        deadline = time.monotonic() + DEADLINE_S
-        while self.process.poll() is None:
-            self.look()
-            assert time.monotonic() < deadline, self.output()[-3000:]
-            time.sleep(0.1)
-        return self.process.returncode
-
-    def assert_nothing_left(self) -> None:
-        """No process (so no port of one) and no shared memory of the run survives it (for long)."""
-        assert self.started, "no child process was ever seen"
-        deadline = time.monotonic() + 20
-        while alive := self.alive():
-            assert time.monotonic() < deadline, (alive, self.output()[-3000:])
-            time.sleep(0.1)
-        deadline = time.monotonic() + 5
-        while set(os.listdir("/dev/shm")) - self.shared_before and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert set(os.listdir("/dev/shm")) - self.shared_before == set()
+    yield start
+    for run in runs:
+        run.end()
 
 
+def stop_at(run_held: object, tmp_path: Path, place: str, victim: str, number: str) -> None:
+    assert callable(run_held)
+    # The engine alone gets a SIGINT where the trainer, in a script's background, ignores it.
+    engine_alone = victim in ("core", "worker", "engine")
+    run: Run = run_held(place, sigint_ignored=engine_alone and number == "SIGINT")
+    which = signal.Signals[number]
+    if victim == "group":
+        run.signal_group(which)
+    elif victim == "trainer":
+        # As if it were in the middle of a sync, which its end must not leave behind.
+        (Path("/dev/shm") / f"copris-{run.process.pid}-test").mkdir()
+        run.process.send_signal(which)
+    else:
+        for process in {
+            "core": run.cores,
+            "worker": run.workers,
+            "engine": lambda: run.workers() + run.cores(),
+        }[victim]():
+            process.send_signal(which)
+    time.sleep(1.0)
+    if place not in IN_THE_ENGINE or number != "SIGKILL":
+        (tmp_path / "marker.go").touch()  # whoever is held must come to see the signal
+    status = run.wait()
+    if victim == "trainer" and number == "SIGKILL":
+        assert status == -signal.SIGKILL
+    else:
+        assert (Path("/dev/shm") / f"copris-{run.process.pid}-test").exists() == (
+            victim == "trainer"
+        )
+        for left in Path("/dev/shm").glob(f"copris-{run.process.pid}-test"):
+            left.rmdir()
+    if engine_alone:
+        assert status == 1, run.output()[-3000:]
+        error = run.output().rpartition("copris_lightning.errors.")[2]
+        assert error.startswith(("EngineError: ", "WeightSyncError: ")), run.output()[-3000:]
+        assert "the engine died: " in error or "vLLM did not start: " in error
+        assert "See root cause above" not in error
+        if (victim, number) == ("core", "SIGKILL"):
+            assert "EngineCore was killed by SIGKILL" in error
+        if victim == "worker" and place != "boot":
+            assert "Worker" in error
+    else:
+        assert status != 0 or number == "SIGTERM"
+    run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("cell", [of_today()], ids="-".join)
+def test_a_run_that_is_stopped_leaves_nothing_behind(
+    run_held: object, tmp_path: Path, cell: tuple[str, str, str]
+) -> None:
+    stop_at(run_held, tmp_path, *cell)
+
+
+@pytest.mark.kills
+@pytest.mark.parametrize("cell", CELLS, ids="-".join)
+def test_a_run_that_is_stopped_anywhere_leaves_nothing_behind(
+    run_held: object, tmp_path: Path, cell: tuple[str, str, str]
+) -> None:
+    stop_at(run_held, tmp_path, *cell)
+
+
+def test_the_quickstart_config_runs_and_sums_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    run = Run(quickstart(tiny_checkpoint, "--trainer.max_steps=3"), tmp_path)
+    assert run.wait() == 0, run.output()[-3000:]
+    summary = run.output().rpartition("batches trained")[2]
+    for line in ("reward", "trained tokens/s", "stage time", "carried over", "mixed versions"):
+        assert line in summary
+    assert "runs/quickstart/version_0" in summary
+    worst = float(summary.split("worst parity")[1].split()[0])
+    assert worst < 1e-4
+    run.assert_nothing_left()
+
+
+@pytest.mark.kills
 def test_a_development_run_ends_cleanly(tiny_checkpoint: Path, tmp_path: Path) -> None:
     run = Run(
-        command(
+        quickstart(
             tiny_checkpoint,
             "--trainer.fast_dev_run=true",
             "--trainer.logger=false",
@@ -123,42 +151,33 @@ def test_a_development_run_ends_cleanly(tiny_checkpoint: Path, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]
 
 
-def test_the_quickstart_config_runs_and_sums_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    run = Run(command(tiny_checkpoint, "--trainer.max_steps=3"), tmp_path)
-    assert run.wait() == 0, run.output()[-3000:]
-    summary = run.output().rpartition("batches trained")[2]
-    for line in ("reward", "trained tokens/s", "stage time", "carried over", "mixed versions"):
-        assert line in summary
-    assert "runs/quickstart/version_0" in summary
-    worst = float(summary.split("worst parity")[1].split()[0])
-    assert worst < 1e-4
-    run.assert_nothing_left()
-
-
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGKILL", "SIGKILL while it boots"])
-def test_a_run_that_is_stopped_leaves_nothing_behind(
-    tiny_checkpoint: Path, tmp_path: Path, how: str
-) -> None:
-    run = Run(command(tiny_checkpoint, "--trainer.max_steps=1000"), tmp_path)
-    run.wait_until(run.is_booting if "boots" in how else run.is_rolling_out)
-    if how == "Ctrl-C":
-        # As a terminal does it: the whole group gets the signal, the engine's processes too.
-        os.killpg(run.process.pid, signal.SIGINT)
-        assert run.wait() == 1, run.output()[-3000:]
-    else:
-        # As if in the middle of a sync.
-        (Path("/dev/shm") / f"copris-{run.process.pid}-test").mkdir()
-        run.process.kill()  # not waited for: a zombie trainer is a dead trainer
-    run.assert_nothing_left()
-    run.process.wait()
-
-
+@pytest.mark.kills
 def test_an_exception_in_the_reward_ends_the_engine_too(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     reward = ["--data.init_args.reward=copris_testing.FailingReward"]
-    run = Run(command(tiny_checkpoint, *reward, "--data.init_args.reward.after=4"), tmp_path)
+    run = Run(quickstart(tiny_checkpoint, *reward, "--data.init_args.reward.after=4"), tmp_path)
     assert run.wait() == 1
     assert "RewardError: the reward of prompt 'add-" in run.output()
     assert "KeyError('the answer is missing')" in run.output()
     run.assert_nothing_left()
+
+
+@pytest.mark.parametrize("here", [signal.SIG_IGN, signal.SIG_DFL])
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_runs_sigint_does_not_depend_on_who_starts_the_tests(
+    tmp_path: Path, here: signal.Handlers, ignored: bool
+) -> None:
+    import sys
+
+    code = (
+        "import signal, os; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, os.getpid())"
+    )
+    before = signal.signal(signal.SIGINT, here)
+    try:
+        run = Run([sys.executable, "-c", code], tmp_path, sigint_ignored=ignored)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert run.wait() == 0
+    assert run.output().split() == [str(ignored), str(run.process.pid)]
+    assert os.getpid() != run.process.pid

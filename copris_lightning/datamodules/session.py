@@ -13,12 +13,17 @@ from transformers import PreTrainedTokenizerBase
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import Trajectory
-from copris_lightning.datamodules.loop_thread import LoopThread
-from copris_lightning.rollout.engine import Engine, EngineSpec
+from copris_lightning.datamodules.loop_thread import CLEANUP_S, LoopThread, StuckError
+from copris_lightning.errors import RewardError
+from copris_lightning.rollout.engine import Engine, EngineSpec, Killable
 from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
+from copris_lightning.rollout.watchdog import REWARD_START_S
 
 T = TypeVar("T")
+
+BRIEF_S = 60.0
+"""How long what takes no time may take on the rollout thread, in seconds."""
 
 
 class RolloutSession:
@@ -48,31 +53,45 @@ class RolloutSession:
         self._closed = threading.Lock()
         self._loop = LoopThread(engine.new_event_loop)
         try:
-            self.call(self._start(spec), watch=True)
+            self.call(self._start(spec))
+            self._wait_for_rewards()
         except BaseException:
             self.close()
             raise
 
     async def _start(self, spec: EngineSpec) -> None:
         # The reward's processes start by themselves while the engine boots.
-        workers = asyncio.create_task(self._scorer.start())
+        self._starting = asyncio.create_task(self._scorer.start())
         await asyncio.sleep(0)
         try:
             await self.engine.start(spec)
-            await workers
-        finally:
-            workers.cancel()
+        except BaseException:
+            self._starting.cancel()
+            raise
 
-    def call(self, work: Coroutine[Any, Any, T], *, watch: bool = False) -> T:
+    def _wait_for_rewards(self) -> None:
+        async def started() -> None:
+            await self._starting
+
+        try:
+            self._loop.call(started(), on_wait=self._on_wait, timeout_s=REWARD_START_S)
+        except StuckError as error:
+            raise RewardError(
+                f"the processes of data.init_args.reward ({self.reward_name}) have not started "
+                f"after {REWARD_START_S:g} s: importing it must not wait for anything"
+            ) from error
+
+    def call(self, work: Coroutine[Any, Any, T], *, watch: bool = True) -> T:
         """Run a coroutine on the rollout thread and wait for its result.
 
         Args:
             work: runs on the engine's loop.
-            watch: call ``on_wait`` meanwhile, which may stop it.
+            watch: call ``on_wait`` meanwhile, which may stop it. Not for what takes no time and
+                must also be had of a run that is being ended, such as its state.
         """
         if watch:
             return self._loop.call(work, on_wait=self._on_wait)
-        return self._loop.call(work)
+        return self._loop.call(work, timeout_s=BRIEF_S)
 
     @property
     def is_open(self) -> bool:
@@ -141,7 +160,7 @@ class RolloutSession:
             return
         with ExitStack() as steps:  # last in, first out; each runs even if another fails
             steps.callback(self._loop.close)
-            steps.callback(lambda: self._loop.call(self.engine.close()))
+            steps.callback(self._close_engine)
             steps.callback(self._scorer.close)
             for scheduler in list(self._schedulers):
                 steps.callback(self.close_scheduler, scheduler)
@@ -149,4 +168,13 @@ class RolloutSession:
     def close_scheduler(self, scheduler: RolloutScheduler) -> None:
         """Cancel what a scheduler has going and let go of it."""
         self._schedulers = [s for s in self._schedulers if s is not scheduler]
-        self._loop.call(scheduler.close())
+        self._loop.call(scheduler.close(), timeout_s=BRIEF_S)
+
+    def _close_engine(self) -> None:
+        """Close it, or kill its processes: Python's end would wait for them."""
+        try:
+            self._loop.call(self.engine.close(), timeout_s=CLEANUP_S)
+        except StuckError:
+            if isinstance(self.engine, Killable):
+                self.engine.kill()
+            raise

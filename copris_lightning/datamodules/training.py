@@ -140,7 +140,7 @@ class TrainingStream:
     def advance(self, version: int) -> None:
         """The engine has the weights of ``version`` from now on."""
         if self._session is not None and self.scheduler is not None:
-            self._session.call(_advance(self.scheduler.buffer, version))
+            self._session.call(_advance(self.scheduler.buffer, version), watch=False)
 
     def gather(self, part: Any) -> list[Any]:
         """Every rank's ``part`` on rank 0, an empty list elsewhere; all ranks must call it."""
@@ -306,7 +306,7 @@ class TrainingStream:
         if self._session is None or self.scheduler is None:
             return {}
         return {
-            "buffer": self._session.call(_snapshot(self.scheduler.buffer)),
+            "buffer": self._session.call(_snapshot(self.scheduler.buffer), watch=False),
             "prompts": self._prompts.state_dict(),
             "batch_index": self.batch_index,
             "delivered": [

@@ -186,3 +186,12 @@ class Resting(Protocol):
     async def rest(self) -> None:
         """Give memory away until the next request or update; no request may be in flight."""
         ...
+
+
+@runtime_checkable
+class Killable(Protocol):
+    """An engine with processes of its own, which must be ended even if its loop hangs."""
+
+    def kill(self) -> None:
+        """Kill them at once; called from another thread."""
+        ...

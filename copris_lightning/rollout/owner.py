@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 OWNER_VARIABLE = "COPRIS_OWNER"
 """Tells an engine's processes of their owner; its value is what :func:`this_process` returns."""
 
+_ORPHANED_S = 10.0
+"""How long a worker may take to end by itself after its core, in seconds."""
+
 
 def this_process(hand_over: str = "") -> str:
     """This process as an owner: its host, its process id and ``hand_over``, separated by bars.
@@ -32,7 +35,8 @@ def end_with_owner() -> None:
     """Watch the owner that the environment names from a daemon thread, and end with it.
 
     Killed with SIGKILL, an owner can tell no one. Then this process removes the weights it was
-    sending, and kills the engine's core, its own parent, and itself.
+    sending, and kills the engine's core, its own parent, and itself. It also ends some time after
+    its core, which vLLM sees to only once it has booted and while it does not hang.
     """
     if OWNER_VARIABLE not in os.environ:
         return
@@ -49,7 +53,12 @@ def end_with_owner() -> None:
         owner = None
 
     def watch() -> None:
+        orphaned_s = 0.0
         while owner is not None and _is_alive(owner):
+            if os.getppid() != core_pid:
+                orphaned_s += 1.0
+            if orphaned_s > _ORPHANED_S:
+                os._exit(1)
             time.sleep(1.0)
         for directory in glob.glob(f"{glob.escape(hand_over)}*") if hand_over else ():
             shutil.rmtree(directory, ignore_errors=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import importlib.util
-import os
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,15 +18,15 @@ from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncE
 from copris_lightning.lora import ADAPTER_ID, AdapterShape, adapter_shape, as_folder
 from copris_lightning.rollout.arrival import fault
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
-from copris_lightning.rollout.owner import OWNER_VARIABLE, this_process
+from copris_lightning.rollout.vllm_processes import VLLMProcesses
+from copris_lightning.rollout.watchdog import Deadlines
 from copris_lightning.rollout.weight_files import hand_over_prefix, handed_over
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-_SHUTDOWN_S = 20.0
-"""How long the engine's processes may take to end by themselves, in seconds."""
+T = TypeVar("T")
 
 Transport = Literal["files", "ipc", "nccl"]
 
@@ -62,6 +61,7 @@ class VLLMEngine:
         sleep_level: for an engine on the trainer's GPUs: between stages it gives its memory away,
             the KV cache and the weights; 1 keeps a copy of the weights in host memory, 2 does not
             (a sync has to come before the next stage). ``null`` keeps everything.
+        deadlines: how long the engine may take for what it is asked to do.
 
     Raises:
         ConfigurationError: an engine argument that does not exist or is not to be set.
@@ -77,6 +77,7 @@ class VLLMEngine:
         sync_directory: str | None = None,
         transport: Transport = "files",
         sleep_level: Literal[1, 2] | None = None,
+        deadlines: Deadlines = Deadlines(),  # noqa: B008 - frozen
     ) -> None:
         if transport not in ("files", "ipc", "nccl"):
             raise ConfigurationError(
@@ -98,6 +99,7 @@ class VLLMEngine:
         self.sync_directory = sync_directory
         self._version = 0
         self._llm: AsyncLLM | None = None
+        self._processes = VLLMProcesses(deadlines, hand_over_prefix(sync_directory))
         self._asleep = False
         self._waking = asyncio.Lock()
         self._adapter: LoRARequest | None = None
@@ -184,11 +186,12 @@ class VLLMEngine:
                 )
 
     async def start(self, spec: EngineSpec) -> None:
-        """Boot the engine; blocks the loop while its processes start (about 20 s on a CPU)."""
-        self.validate(spec)
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        """Boot the engine (about 20 s on a CPU).
 
+        Raises:
+            EngineError: it did not start; says why.
+        """
+        self.validate(spec)
         arguments = {
             "max_num_seqs": spec.max_num_seqs,
             "max_model_len": spec.max_model_len,
@@ -204,12 +207,10 @@ class VLLMEngine:
         if self.transport != "files":
             arguments["weight_transfer_config"] = {"backend": self.transport}
         try:
-            trainer = this_process(hand_over_prefix(self.sync_directory))
-            with _environment({**self.environment, OWNER_VARIABLE: trainer}):
-                self._llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
-        except (ValueError, RuntimeError, OSError) as error:
+            self._llm = await self._processes.boot(arguments, self.environment)
+        except BaseException:
             await self.close()
-            raise EngineError(f"vLLM did not start: {error}") from error
+            raise
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one response. See :class:`Engine`."""
@@ -249,10 +250,11 @@ class VLLMEngine:
         with handed_over(tensors.items(), self.sync_directory) as path:
             try:
                 if adapter is None:
-                    reports = await llm.collective_rpc("load_trainer_weights", args=(str(path),))
+                    load = llm.collective_rpc("load_trainer_weights", args=(str(path),))
+                    reports = await self._processes.call(load, "load the weights")
                 else:
                     reports = await self._load_adapter(llm, as_folder(path, adapter))
-            except Exception as error:  # vLLM passes a worker's error on as a bare Exception
+            except EngineError as error:
                 raise WeightSyncError(f"vLLM could not load version {version}: {error}") from error
         _check_arrival(reports, version)
         await self.finish_update(version)
@@ -263,7 +265,10 @@ class VLLMEngine:
             return None
         from copris_lightning.rollout.weight_transfer import new_sender
 
-        return new_sender(self.transport, weights, rank, self._llm, run)
+        def run_watched(work: Awaitable[T]) -> Any:
+            return run(self._processes.call(work, "take the weights"))
+
+        return new_sender(self.transport, weights, rank, self._llm, run_watched)
 
     async def begin_update(self) -> None:
         """Wake the memory of the weights only, so that the old KV cache need not fit beside what
@@ -274,26 +279,27 @@ class VLLMEngine:
                 f"{llm.get_num_unfinished_requests()} requests are in flight during a sync"
             )
         if self._asleep:
-            await llm.wake_up(["weights"])
+            await self._processes.call(llm.wake_up(["weights"]), "wake up")
         if self.transport != "files":
-            await llm.collective_rpc("watch_transfer")
+            await self._processes.call(llm.collective_rpc("watch_transfer"), "watch the transfer")
 
     async def finish_update(self, version: int) -> None:
         """Wake the KV cache and drop the prefixes computed with the old weights."""
         llm = self._running()
         if self.transport != "files":
-            _check_arrival(await llm.collective_rpc("transfer_report"), version)
+            report = llm.collective_rpc("transfer_report")
+            _check_arrival(await self._processes.call(report, "report what arrived"), version)
         if self._asleep:
-            await llm.wake_up(["kv_cache"])
+            await self._processes.call(llm.wake_up(["kv_cache"]), "wake up")
             self._asleep = False
-        if not await llm.reset_prefix_cache():
+        if not await self._processes.call(llm.reset_prefix_cache(), "drop its prefixes"):
             raise WeightSyncError("vLLM did not drop the prefixes computed with the old weights")
         self._version = version
 
     async def rest(self) -> None:
         """Give the GPU's memory to the trainer, if ``sleep_level`` says so."""
         if self.sleep_level is not None and not self._asleep:
-            await self._running().sleep(self.sleep_level)
+            await self._processes.call(self._running().sleep(self.sleep_level), "sleep")
             self._asleep = True
 
     async def _wake(self) -> None:
@@ -306,20 +312,20 @@ class VLLMEngine:
                     "engine.init_args.sleep_level=2 threw the weights away, and no sync has come "
                     "since; use 1"
                 )
-            await self._running().wake_up()
+            await self._processes.call(self._running().wake_up(), "wake up")
             self._asleep = False
 
     async def _load_adapter(self, llm: AsyncLLM, folder: Path) -> list[dict[str, Any]]:
         """Replace the adapter that all requests from now on are answered with."""
         from vllm.lora.request import LoRARequest
 
-        await llm.add_lora(LoRARequest("policy", ADAPTER_ID, str(folder), load_inplace=True))
+        load = llm.add_lora(LoRARequest("policy", ADAPTER_ID, str(folder), load_inplace=True))
+        await self._processes.call(load, "load the adapter")
         # Not loaded in place again: requests only name it, and its files will be gone.
         self._adapter = LoRARequest("policy", ADAPTER_ID, str(folder))
         file = folder / "adapter_model.safetensors"
-        reports: list[dict[str, Any]] = await llm.collective_rpc(
-            "adapter_report", args=(str(file),)
-        )
+        report = llm.collective_rpc("adapter_report", args=(str(file),))
+        reports: list[dict[str, Any]] = await self._processes.call(report, "report what arrived")
         return reports
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
@@ -353,19 +359,24 @@ class VLLMEngine:
                 "compared, and it may compute in another dtype than the trainer"
             )
         with handed_over(tensors.items(), self.sync_directory) as path:
-            answers = await self._running().collective_rpc("explain_mismatch", args=(str(path),))
+            compare = self._running().collective_rpc("explain_mismatch", args=(str(path),))
+            answers = await self._processes.call(compare, "compare the weights")
         return "; ".join(dict.fromkeys(answers))
 
     async def close(self) -> None:
         """Shut the engine's processes down, on the loop it lives on."""
         llm, self._llm = self._llm, None
         self._asleep = False
-        if llm is not None:
-            llm.shutdown(timeout=_SHUTDOWN_S)
+        await self._processes.close(llm)
+
+    def kill(self) -> None:
+        """See :class:`Killable`."""
+        self._processes.kill()
 
     def _running(self) -> AsyncLLM:
         if self._llm is None:
             raise EngineError("the vLLM engine is not running")
+        self._processes.check_alive()
         return self._llm
 
     async def _outputs(
@@ -382,11 +393,18 @@ class VLLMEngine:
         try:
             prompt = tokens_input(list(token_ids))
             stream = llm.generate(prompt, params, request_id, lora_request=self._adapter)
-            async with aclosing(stream) as outputs:
-                async for output in outputs:
-                    yield output
+            with self._processes.working():
+                async with aclosing(stream) as outputs:
+                    async for output in outputs:
+                        self._processes.heard()
+                        if output.outputs[0].finish_reason == "abort":  # by nobody here
+                            raise await self._processes.death(
+                                "it ended its requests by itself, as it does when a signal tells "
+                                "its core to stop"
+                            )
+                        yield output
         except EngineDeadError as error:
-            raise EngineError("the vLLM engine died; its own log says why") from error
+            raise await self._processes.death() from error
         except (EngineGenerateError, VLLMValidationError, ValueError) as error:
             raise EngineError(f"vLLM refused request {request_id}: {error}") from error
 
@@ -415,22 +433,3 @@ def _vllm_version() -> str:
         with suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(name)
     return "(unknown version)"
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Set variables for the processes started inside; ``None`` unsets."""
-    before = {name: os.environ.get(name) for name in variables}
-
-    def apply(values: Mapping[str, str | None]) -> None:
-        for name, value in values.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-    apply(variables)
-    try:
-        yield
-    finally:
-        apply(before)

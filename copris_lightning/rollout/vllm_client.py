@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import aiohttp
 
@@ -17,7 +17,11 @@ from copris_lightning.core.trajectory import FinishReason
 from copris_lightning.errors import EngineError, WeightSyncError
 from copris_lightning.rollout.arrival import fault
 
+T = TypeVar("T")
+
 _GENERATE = "/inference/v1/generate"
+_LOOK_EVERY_S = 2.0
+"""How often to ask, during a call to its engine, whether a server is well, in seconds."""
 _LEAST_LOGPROB = -9999.0
 """What a server sends for log-probs that JSON cannot hold."""
 
@@ -181,11 +185,15 @@ class VLLMServer:
             await self._ask("POST", "/pause?mode=abort", timeout_s=self._timeouts.stall_s)
             try:
                 found = fault(await self._rpc("load_trainer_weights", path, self._timeouts.sync_s))
-            finally:
+            except LostError:
+                raise  # there is nobody to resume
+            except BaseException:
                 await self._ask("POST", "/resume")
+                raise
+            await self._ask("POST", "/resume")
         except RefusedError as error:
-            if not await self._is_healthy():
-                raise LostError(f"{self.url}: its engine died") from error
+            if not await self._lives():
+                raise LostError(f"{self.url}: its engine died ({error})") from error
             raise WeightSyncError(f"{self.url} could not load the weights: {error}") from error
         if found is not None:
             raise WeightSyncError(f"the weights did not arrive at {self.url}: {found}")
@@ -195,19 +203,45 @@ class VLLMServer:
         answers = await self._rpc("explain_mismatch", path, self._timeouts.sync_s)
         return "; ".join(dict.fromkeys(answers))
 
-    async def _is_healthy(self) -> bool:
+    async def _lives(self) -> bool:
+        """Whether it says that its engine lives; one that takes its time is given it."""
         try:
             await self._ask("GET", "/health")
         except RefusedError:
             return False
+        except LostError as error:
+            return isinstance(error.__cause__, TimeoutError)
         return True
+
+    async def _while_it_lives(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of a call to the engine, which is never answered if the engine dies.
+
+        A server whose engine died says so, closes its port, and waits for its open calls to end.
+        """
+        task, looks = asyncio.create_task(work), 0
+        try:
+            while not task.done():
+                await asyncio.wait({task}, timeout=_LOOK_EVERY_S)
+                if task.done():
+                    break
+                looks = 0 if await self._lives() else looks + 1
+                if looks == 2:
+                    raise LostError(f"{self.url}: its engine died while it was called")
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.wait({task})
+            if not task.cancelled():
+                task.exception()  # seen
 
     # -- HTTP ------------------------------------------------------------------------------
 
     async def _rpc(self, method: str, path: Path, timeout_s: float) -> list[Any]:
         """Each worker's result of a method of the worker extension."""
         body = {"method": method, "args": [str(path)]}
-        answer = await self._ask("POST", "/collective_rpc", body, timeout_s=timeout_s)
+        answer = await self._while_it_lives(
+            self._ask("POST", "/collective_rpc", body, timeout_s=timeout_s)
+        )
         results: list[Any] = answer["results"]
         return results
 
@@ -242,7 +276,8 @@ class VLLMServer:
                 response = await self._http.post(self.url + _GENERATE, json=body)
             try:
                 if response.status >= 400:
-                    raise self._refused(response.status, await response.text())
+                    async with asyncio.timeout(self._timeouts.connect_s):
+                        raise self._refused(response.status, await response.text())
                 rest = b""
                 while data := await self._read(response.content):
                     *events, rest = (rest + data).split(b"\n\n")
@@ -276,10 +311,18 @@ class VLLMServer:
                 return data
 
     def _refused(self, status: int, message: str) -> RefusedError:
-        return RefusedError(status, f"{self.url} answers {status}: {message}")
+        return RefusedError(status, f"{self.url} answers {status}: {_plain(message)}")
 
     def _lost(self, error: aiohttp.ClientError) -> LostError:
         return LostError(f"{self.url}: {str(error) or type(error).__name__}")
+
+
+def _plain(message: str) -> str:
+    """An error's own words, without the JSON that vLLM puts around them."""
+    try:
+        return str(json.loads(message)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        return message
 
 
 def _logprob(entry: dict[str, Any]) -> float:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import threading
 import time
 
 import pytest
 
-from copris_lightning.datamodules.loop_thread import LoopThread
+from copris_lightning.datamodules import loop_thread
+from copris_lightning.datamodules.loop_thread import LoopThread, StuckError
 from copris_lightning.rollout.simulated import VirtualClockLoop
 
 
@@ -218,3 +221,76 @@ def test_a_loop_that_ends_by_itself_is_noticed():
         thread.call(wait_for_it(), every_s=0.05)
     thread.close()
     thread.close()
+    gc.collect()  # the task that nobody asks is reported here, not within another test
+
+
+@pytest.fixture
+def short_cleanup(monkeypatch):
+    monkeypatch.setattr(loop_thread, "CLEANUP_S", 0.3)
+
+
+class Stubborn:
+    """Work that goes on when it is cancelled, until it is released."""
+
+    def __init__(self):
+        self.released = threading.Event()
+
+    async def __call__(self):
+        while not self.released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("interruption", [Stop, KeyboardInterrupt])
+def test_work_that_ignores_its_cancellation_is_left_behind(short_cleanup, thread, interruption):
+    work = Stubborn()
+
+    def interrupt():
+        raise interruption
+
+    with pytest.raises(interruption) as caught:
+        thread.call(work(), every_s=0.05, on_wait=interrupt)
+    assert "was cancelled and has not ended after 0.3 s" in caught.value.__notes__[0]
+    work.released.set()
+
+
+def test_work_that_blocks_the_loop_does_not_hold_an_interruption_up(short_cleanup, thread):
+    released = threading.Event()
+
+    async def block():
+        released.wait(30)
+
+    def interrupt():
+        raise Stop
+
+    with pytest.raises(Stop):
+        thread.call(block(), every_s=0.05, on_wait=interrupt)
+    released.set()
+
+
+def test_a_call_with_a_deadline_is_cancelled_when_it_has_passed(thread):
+    async def too_long():
+        await asyncio.sleep(600)
+
+    with pytest.raises(StuckError, match=r"not done with .*too_long after 0\.2 s"):
+        thread.call(too_long(), every_s=0.05, timeout_s=0.2)
+    assert thread.call(asyncio.sleep(0, 1), timeout_s=10) == 1
+
+
+def test_closing_a_blocked_loop_leaves_its_thread_behind(short_cleanup, caplog):
+    made = LoopThread(asyncio.new_event_loop)
+    released = threading.Event()
+
+    async def block():
+        released.wait(30)
+
+    def interrupt():
+        raise Stop
+
+    with pytest.raises(Stop):
+        made.call(block(), every_s=0.05, on_wait=interrupt)
+    made.close()
+    assert "the rollout thread has not ended after 0.3 s" in caplog.text
+    released.set()
+    made._thread.join(10)
+    made.close()

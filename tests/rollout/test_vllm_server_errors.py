@@ -17,6 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
+from copris_lightning.rollout import vllm_client
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
 from copris_lightning.rollout.vllm_server import VLLMServerEngine
 
@@ -33,6 +34,7 @@ class Fake:
         parts: what it streams to each request, one after another: tokens and finish reason, an
             error event as text, or ``"cut"`` to drop the connection. Every token's log-prob is
             minus the token.
+        silent: its engine dies when it is to load weights, and the call is never answered.
         broken: routes that answer with an error, and its status.
         requests: bodies of the requests to generate.
         arrival: what it says of a load.
@@ -43,6 +45,7 @@ class Fake:
     logprobs_mode: str = "processed_logprobs"
     sees_file: bool = True
     key: str | None = None
+    silent: bool = False
     parts: list[list[Part]] = field(default_factory=list)
     broken: dict[str, int] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -58,7 +61,11 @@ class Fake:
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             status = 401
         if status is not None:
-            return web.Response(status=status, text="as it was told to")
+            text = json.dumps({"error": {"message": "as it was told to"}})
+            return web.Response(status=status, text=text)
+        if self.silent and body.get("method") == "load_trainer_weights":
+            self.broken["/health"] = 503
+            await asyncio.Event().wait()
         if route == GENERATE and body.get("stream"):
             return await self._stream(request, body)
         tokens = body.get("token_ids", [])
@@ -351,3 +358,26 @@ def test_weights_and_probes_leave_no_file_behind(tmp_path: Path) -> None:
     run([Looking()], sync, sync_directory=str(tmp_path))
     assert max(seen) == 1
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("others", [1, 0])
+def test_a_server_whose_engine_dies_in_a_load_is_not_waited_for(
+    others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_client, "_LOOK_EVERY_S", 0.05)
+    fakes = [Fake(silent=True), *(Fake() for _ in range(others))]
+
+    async def sync(engine: VLLMServerEngine) -> None:
+        await engine.update_weights([("w", torch.zeros(2))], 1)
+
+    if others:
+        run(fakes, sync)
+        assert fakes[1].calls[-1] == "/resume"
+    else:
+        with pytest.raises(EngineError, match=r"is left: .*: its engine died while it was called"):
+            run(fakes, sync)
+
+
+def test_a_servers_error_is_told_in_its_own_words() -> None:
+    with pytest.raises(ConfigurationError, match=r"answers 500: as it was told to\)$"):
+        run([Fake(broken={"describe": 500})], nothing)

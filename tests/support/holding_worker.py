@@ -1,0 +1,38 @@
+"""The part of :mod:`holding` that vLLM's worker imports (and nobody else)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from holding import hold
+
+from copris_lightning.rollout.vllm_worker import CoprisWorkerExtension
+
+hold("boot")
+
+
+class HoldingExtension(CoprisWorkerExtension):
+    """Holds in the second load of weights, or in a forward pass after the first."""
+
+    _copris_loads = 0
+
+    def load_trainer_weights(self, path: str) -> None:
+        self._copris_loads += 1
+        if self._copris_loads == 2:
+            hold("sync")
+        super().load_trainer_weights(path)
+        if self._copris_loads == 1:
+            self._hold_in_forward_passes()
+
+    def _hold_in_forward_passes(self) -> None:
+        runner = self.model_runner
+        execute, passes = runner.execute_model, 0
+
+        def execute_model(*args: Any, **kwargs: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            if passes == 20:
+                hold("stage")
+            return execute(*args, **kwargs)
+
+        runner.execute_model = execute_model
