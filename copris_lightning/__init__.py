@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from copris_lightning.datamodules.prompts import DatasetPrompts
     from copris_lightning.datamodules.rollout import RolloutDataModule
+    from copris_lightning.datamodules.sampling import Evaluation, Sampling
     from copris_lightning.lora import LoRA
     from copris_lightning.module import CoprisModule
     from copris_lightning.rollout.rewards import Prompt, Reward
@@ -37,6 +38,7 @@ _HOMES = {
     "CoprisModule": "module",
     "DatasetPrompts": "datamodules.prompts",
     "DecoupledRatio": "core.ratios",
+    "Evaluation": "datamodules.sampling",
     "KLPenalty": "core.penalties",
     "LagRejection": "core.corrections",
     "LoRA": "lora",
@@ -48,6 +50,7 @@ _HOMES = {
     "RolloutDataModule": "datamodules.rollout",
     "RolloutProgressBar": "callbacks.progress",
     "RunSummary": "callbacks.summary",
+    "Sampling": "datamodules.sampling",
     "SequenceRatio": "core.ratios",
     "SimulatedEngine": "rollout.simulated",
     "StalenessMonitor": "callbacks.staleness",
@@ -66,6 +69,7 @@ __all__ = [
     "CoprisModule",
     "DatasetPrompts",
     "DecoupledRatio",
+    "Evaluation",
     "KLPenalty",
     "LagRejection",
     "LoRA",
@@ -77,6 +81,7 @@ __all__ = [
     "RolloutDataModule",
     "RolloutProgressBar",
     "RunSummary",
+    "Sampling",
     "SequenceRatio",
     "SimulatedEngine",
     "StalenessMonitor",

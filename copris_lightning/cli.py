@@ -26,6 +26,8 @@ class CoprisCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The engine boots with the checkpoint that the module trains; one seed for everything."""
         parser.link_arguments("model.init_args.model", "data.init_args.model")
+        code = "init_args.trust_remote_code"
+        parser.link_arguments(f"model.{code}", f"data.{code}")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -30,7 +30,7 @@ from copris_lightning.errors import ConfigurationError, QuarantineError
 from copris_lightning.lora import AdapterShape, LoRA, without_adapters
 from copris_lightning.parallel import full_weights, shard
 from copris_lightning.policy import Policy
-from copris_lightning.pretrained import empty_model, load_config, load_model
+from copris_lightning.pretrained import embedding_rows, empty_model, load_config, load_model
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -61,6 +61,7 @@ class CoprisModule(L.LightningModule):
         log_entropy: compute the policy's entropy for the log; costs a softmax over the vocabulary
             per token.
         pass_threshold: an evaluated sample passes with at least this reward.
+        trust_remote_code: run code that the checkpoint brings along.
 
     Raises:
         ConfigurationError: the model cannot be found or is not supported.
@@ -84,6 +85,7 @@ class CoprisModule(L.LightningModule):
         logprob_chunk_tokens: int = 1024,
         log_entropy: bool = True,
         pass_threshold: float = 1.0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         if logprob_chunk_tokens < 1:
@@ -113,17 +115,18 @@ class CoprisModule(L.LightningModule):
             )
         except ValueError as error:
             raise ConfigurationError(f"model.init_args.{error}") from error
-        load_config(model)
+        config = load_config(model, trust_remote_code=trust_remote_code)
         if kl is not None and kl.reference is not None:
             key = "model.init_args.kl.reference"
-            sizes = [load_config(kl.reference, key=key).vocab_size, load_config(model).vocab_size]
+            reference = load_config(kl.reference, key=key, trust_remote_code=trust_remote_code)
+            sizes = [embedding_rows(reference), embedding_rows(config)]
             if sizes[0] != sizes[1]:
                 raise ConfigurationError(
                     f"{key}={kl.reference!r} has a vocabulary of {sizes[0]} tokens, the model "
                     f"has {sizes[1]}"
                 )
         if lora is not None:
-            lora.check(empty_model(model))
+            lora.check(empty_model(model, trust_remote_code=trust_remote_code))
         self.model = model
         self.lora = lora
         self.normalization = normalization
@@ -135,6 +138,7 @@ class CoprisModule(L.LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.pass_threshold = pass_threshold
+        self.trust_remote_code = trust_remote_code
         self.policy: Policy | None = None
         # In a list, so that its weights are neither trained nor saved nor synced.
         self._reference: list[Policy] = []
@@ -158,7 +162,10 @@ class CoprisModule(L.LightningModule):
     def _load(self, model: str, *, is_trained: bool) -> Policy:
         """A policy, split over ranks where that is done before training."""
         loaded = load_model(
-            model, dtype=self.dtype_name, attn_implementation=self.attn_implementation
+            model,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
         )
         # from_pretrained returns the model in eval mode, in which Lightning would leave it.
         loaded.train(is_trained).requires_grad_(is_trained)
@@ -315,7 +322,9 @@ class CoprisModule(L.LightningModule):
     @property
     def adapter(self) -> AdapterShape | None:
         """What the engine gets in place of whole weights, if it does."""
-        return None if self.lora is None else self.lora.shape(empty_model(self.model))
+        if self.lora is None:
+            return None
+        return self.lora.shape(empty_model(self.model, trust_remote_code=self.trust_remote_code))
 
     def named_weights(self, root: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
         """The policy's full tensors as ``save_pretrained`` would write them, tied ones once.

@@ -259,7 +259,7 @@ BAD_INPUT = [
     (["--data.init_args.group_size", "1"], r"data.init_args.group_size=1 must be at least 2"),
     (
         ["--data.init_args.temperature", "0"],
-        r"data.init_args.temperature=0.0 must be a number above 0",
+        r"data.init_args.temperature=0.0 must be above 0",
     ),
     (["--data.init_args.max_new_tokens", "512"], r"max_new_tokens=512 does not fit .* 512 tokens"),
     (["--data.init_args.max_new_tokens", "500"], r"32 \+ max_new_tokens=500 = 532 exceeds"),

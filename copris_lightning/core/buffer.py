@@ -203,9 +203,22 @@ class CarryOverBuffer:
         return group.trajectories[key[1]]
 
     def append(
-        self, key: Key, token_ids: Sequence[int], logprobs: Sequence[float], version: int
+        self,
+        key: Key,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float] | None,
+        version: int,
+        *,
+        stops: bool = False,
     ) -> None:
         """Append a chunk; a stop token at its end or the length limit finishes the trajectory.
+
+        Args:
+            key: the trajectory.
+            token_ids: the tokens, in order.
+            logprobs: one per token, or ``None`` (:meth:`Trajectory.append`).
+            version: the policy version that made them.
+            stops: the response ends with the chunk's last token, whichever that is.
 
         Raises:
             ValueError: the chunk does not fit the trajectory (:meth:`Trajectory.append`), goes
@@ -218,7 +231,7 @@ class CarryOverBuffer:
             raise ValueError(f"{key}: tokens follow a stop token in {list(token_ids)}")
         trajectory = self.trajectory(key)
         trajectory.append(token_ids, logprobs, version)
-        if token_ids and token_ids[-1] in self.stop_token_ids:
+        if stops or (token_ids and token_ids[-1] in self.stop_token_ids):
             self.finish(key, "stop")
         elif trajectory.remaining_tokens == 0:
             self.finish(key, "length")

@@ -21,7 +21,7 @@ class Segment:
         version: the policy version that produced every token of the segment.
         token_ids: the tokens, in order.
         logprobs: natural-log probabilities that the engine sampled them with (after
-            temperature), one per token.
+            temperature), one per token; none if nobody asked for them (an evaluation).
         trainer_logprobs: the same quantity recomputed by the trainer under the weights of
             ``version``; covers a prefix of the tokens, all of them once scored.
     """
@@ -97,19 +97,29 @@ class Trajectory:
         """Whether more than one policy version wrote the response."""
         return len(self.segments) > 1
 
-    def append(self, token_ids: Sequence[int], logprobs: Sequence[float], version: int) -> None:
+    def append(
+        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, version: int
+    ) -> None:
         """Append a chunk of response tokens made under ``version``; an empty chunk is a no-op.
+
+        Args:
+            token_ids: the tokens, in order.
+            logprobs: one per token; ``None`` where nobody asked for any, in which case no chunk
+                of the trajectory has them.
+            version: the policy version that made them.
 
         Raises:
             ValueError: unequal numbers of tokens and log-probs, a version older than the last
                 segment's, more tokens than the limit allows, or a finished trajectory.
         """
-        if len(token_ids) != len(logprobs):
+        if logprobs is not None and len(token_ids) != len(logprobs):
             raise ValueError(
                 f"{self.name}: {len(token_ids)} tokens came with {len(logprobs)} log-probs"
             )
         if not token_ids:
             return
+        if self.segments and (logprobs is None) != (not self.segments[-1].logprobs):
+            raise ValueError(f"{self.name}: log-probs came with some of its chunks only")
         if self.finish_reason is not None:
             raise ValueError(f"{self.name} is finished ({self.finish_reason}); cannot append")
         if len(token_ids) > self.remaining_tokens:
@@ -124,7 +134,7 @@ class Trajectory:
         if not self.segments or self.segments[-1].version != version:
             self.segments.append(Segment(version))
         self.segments[-1].token_ids.extend(token_ids)
-        self.segments[-1].logprobs.extend(logprobs)
+        self.segments[-1].logprobs.extend(logprobs or ())
 
     def unscored_tokens(self) -> int:
         """Response tokens whose log-probs the trainer has not recomputed yet."""
@@ -157,10 +167,13 @@ class Trajectory:
             source: ``"engine"`` for those it sampled with, ``"trainer"`` for the recomputed.
 
         Raises:
-            ValueError: ``"trainer"`` was asked for and some tokens are not scored.
+            ValueError: some tokens have no log-prob of that source.
         """
         if source == "engine":
-            return [value for segment in self.segments for value in segment.logprobs]
+            values = [value for segment in self.segments for value in segment.logprobs]
+            if len(values) != self.response_length:
+                raise ValueError(f"{self.name}: the engine was not asked for log-probs")
+            return values
         if self.unscored_tokens():
             raise ValueError(f"{self.name}: {self.unscored_tokens()} tokens are not scored")
         return [value for segment in self.segments for value in segment.trainer_logprobs]

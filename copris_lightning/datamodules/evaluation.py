@@ -14,6 +14,7 @@ from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptStream
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import RolloutSettings
+from copris_lightning.rollout.engine import Decoding
 
 
 def evaluation_batches(prompts: int, settings: RolloutSettings) -> int:
@@ -41,11 +42,16 @@ def evaluate(
                 cap=settings.cap,
                 group_size=settings.val_samples,
                 batch_groups=settings.batch_groups,
-                max_new_tokens=settings.max_new_tokens,
+                max_new_tokens=settings.evaluation_tokens,
                 stop_token_ids=stop_token_ids,
             ),
             stream,
-            temperature=settings.val_temperature,
+            decoding=Decoding(
+                temperature=settings.val_temperature,
+                top_p=settings.evaluation.top_p,
+                top_k=settings.evaluation.top_k,
+                logprobs=False,  # nothing is trained on them
+            ),
             seed=settings.seed,
             name="evaluation",
             observer=lambda event: None,

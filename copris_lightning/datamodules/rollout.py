@@ -22,10 +22,12 @@ from copris_lightning.datamodules.checks import (
     check_sync,
 )
 from copris_lightning.datamodules.credit import Advantage
+from copris_lightning.datamodules.decoding import ResponseDecoder
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
 from copris_lightning.datamodules.protocols import RolloutListener
+from copris_lightning.datamodules.sampling import Evaluation, Sampling
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.training import TrainingStream
@@ -36,6 +38,7 @@ from copris_lightning.pretrained import (
     load_tokenizer,
     stop_token_ids,
 )
+from copris_lightning.pretrained_checks import check_pretrained
 from copris_lightning.rollout.engine import Engine, EngineSpec, RankedSync, Weights
 from copris_lightning.rollout.rewards import Reward, RewardScorer
 from copris_lightning.rollout.scheduler import Event
@@ -108,7 +111,11 @@ class RolloutDataModule(L.LightningDataModule):
             log-prob is not finite, before the run ends with an error.
         score_batch_tokens: padded tokens per forward pass when recomputing log-probs.
         val_samples: responses per prompt in evaluation, k.
-        val_temperature: of the sampling distribution in evaluation, > 0.
+        val_temperature: of the sampling distribution in evaluation; 0 is greedy decoding.
+        sampling: tokens and strings that end a response besides the model's own end.
+        evaluation: how sampling in evaluation differs otherwise.
+        trust_remote_code: run code that the checkpoint brings along (linked to the module's by the
+            command line).
         reward_timeout_s: limit on one call of the reward, in seconds of the engine's clock. (A
             simulated engine's is virtual: it calls rewards in place, without a limit.)
         reward_workers: processes that compute rewards.
@@ -146,9 +153,12 @@ class RolloutDataModule(L.LightningDataModule):
         score_batch_tokens: int = 16384,
         val_samples: int = 1,
         val_temperature: float = 1.0,
+        sampling: Sampling | None = None,
+        evaluation: Evaluation | None = None,
         reward_timeout_s: float = 30.0,
         reward_workers: int = 1,
         seed: int = 0,
+        trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
         self.settings = RolloutSettings(
@@ -170,8 +180,11 @@ class RolloutDataModule(L.LightningDataModule):
             max_dropped_groups=max_dropped_groups,
             max_quarantined=max_quarantined,
             seed=seed,
+            sampling=sampling or Sampling(),
+            evaluation=evaluation or Evaluation(),
         )
         self.model = model
+        self.trust_remote_code = trust_remote_code
         self.engine = engine
         self.skip_long_prompts = skip_long_prompts
         self.advantage = advantage
@@ -201,10 +214,15 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be known wrong, then boot the engine on rank 0."""
         assert self.trainer is not None
-        config = load_config(self.model)
+        trusted = self.trust_remote_code
+        config = load_config(self.model, trust_remote_code=trusted)
         self.settings.check_context(context_length(config))
-        tokenizer = load_tokenizer(self.model)
-        self._stop_ids = stop_token_ids(self.model, tokenizer)
+        tokenizer = load_tokenizer(self.model, trust_remote_code=trusted)
+        vocabulary = check_pretrained(self.model, config, tokenizer, trust_remote_code=trusted)
+        sampling = self.settings.sampling
+        sampling.check_vocabulary(vocabulary)
+        ends = stop_token_ids(self.model, config, tokenizer)
+        self._stop_ids = tuple(sorted({*ends, *sampling.stop_token_ids}))
         self._open_streams(stage, tokenizer)
         shape = BatchShape(
             world_size=self.trainer.world_size,
@@ -224,17 +242,20 @@ class RolloutDataModule(L.LightningDataModule):
             max_num_seqs=self.settings.cap,
             # One more than is ever trained on, so that the parity probe can score the longest.
             max_model_len=min(self.settings.max_sequence_tokens + 1, context_length(config)),
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary,
             seed=self.settings.seed,
             adapter=getattr(self.trainer.lightning_module, "adapter", None),
+            trust_remote_code=trusted,
         )
         self.engine.validate(spec)
         self._probe_tokens = spec.max_model_len - 1
         self.exchange = self.exchange or Exchange()
         with self.exchange.leading():
             if self.trainer.is_global_zero and self.session is None:
+                decode = ResponseDecoder(tokenizer, ends, special_tokens="keep")
+                stop = tuple(sampling.stop)
                 self.session = RolloutSession(
-                    self.engine, spec, self.scorer, tokenizer, self._while_waiting
+                    self.engine, spec, self.scorer, decode, stop, self._while_waiting
                 )
         self.training = None
         if stage == "fit":

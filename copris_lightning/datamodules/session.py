@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
-from transformers import PreTrainedTokenizerBase
-
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import Trajectory
+from copris_lightning.datamodules.decoding import ResponseDecoder
 from copris_lightning.datamodules.loop_thread import CLEANUP_S, LoopThread, StuckError
 from copris_lightning.errors import RewardError
-from copris_lightning.rollout.engine import Engine, EngineSpec, Killable
+from copris_lightning.rollout.engine import Decoding, Engine, EngineSpec, Killable
 from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
+from copris_lightning.rollout.stops import StopStrings
 from copris_lightning.rollout.watchdog import REWARD_START_S
 
 T = TypeVar("T")
@@ -33,7 +33,8 @@ class RolloutSession:
         engine: is started here and closed by :meth:`close`.
         spec: what the run needs of it.
         scorer: computes rewards; closed by :meth:`close`.
-        tokenizer: decodes responses, for the reward and the ledger only.
+        decode: response tokens to text.
+        stop: strings that end a response.
         on_wait: called about five times a second while this thread waits; may raise to stop.
     """
 
@@ -42,12 +43,14 @@ class RolloutSession:
         engine: Engine,
         spec: EngineSpec,
         scorer: RewardScorer,
-        tokenizer: PreTrainedTokenizerBase,
+        decode: ResponseDecoder,
+        stop: tuple[str, ...],
         on_wait: Callable[[], None],
     ) -> None:
         self.engine = engine
         self._scorer = scorer
-        self._tokenizer = tokenizer
+        self._decode = decode
+        self._stops = StopStrings(stop, decode.verbatim)
         self._on_wait = on_wait
         self._schedulers: list[RolloutScheduler] = []
         self._closed = threading.Lock()
@@ -103,18 +106,12 @@ class RolloutSession:
         """The reward's class or function."""
         return self._scorer.name
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Response text, special tokens dropped. Never encoded again."""
-        text = self._tokenizer.decode(list(token_ids), skip_special_tokens=True)
-        assert isinstance(text, str)
-        return text
-
     def new_scheduler(
         self,
         buffer: CarryOverBuffer,
         prompts: PromptQueue,
         *,
-        temperature: float,
+        decoding: Decoding,
         seed: int,
         name: str,
         accept: Accept | None = None,
@@ -126,8 +123,9 @@ class RolloutSession:
             buffer=buffer,
             prompts=prompts,
             scorer=self._scorer,
-            decode=self.decode,
-            temperature=temperature,
+            decode=self._decode,
+            decoding=decoding,
+            stops=self._stops,
             seed=seed,
             name=name,
             accept=accept or (lambda group: True),
@@ -151,7 +149,7 @@ class RolloutSession:
             "reward": reward if known else None,
             "advantage": trajectory.advantage,
             **({"excluded": trajectory.excluded} if trajectory.excluded else {}),
-            "response": self.decode(trajectory.response_token_ids),
+            "response": self._decode(trajectory.response_token_ids),
         }
 
     def close(self) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from copris_lightning.core.trajectory import LogprobSource
+from copris_lightning.datamodules.sampling import Evaluation, Sampling
 from copris_lightning.errors import ConfigurationError
 
 KEY = "data.init_args"
@@ -39,6 +40,8 @@ class RolloutSettings:
     max_dropped_groups: int | None
     max_quarantined: float
     seed: int
+    sampling: Sampling = field(default_factory=Sampling)
+    evaluation: Evaluation = field(default_factory=Evaluation)
 
     def __post_init__(self) -> None:
         at_least: Sequence[tuple[str, int, int]] = (
@@ -60,15 +63,21 @@ class RolloutSettings:
                 f"{KEY}.group_size={self.group_size} must be at least 2: advantages compare a "
                 "trajectory with others of the same prompt"
             )
-        for name, temperature in (
-            ("temperature", self.temperature),
-            ("val_temperature", self.val_temperature),
-        ):
-            if not 0 < temperature < math.inf:
-                raise ConfigurationError(
-                    f"{KEY}.{name}={temperature} must be a number above 0: log-probs are those of "
-                    "the distribution sampled from, which greedy decoding has not"
-                )
+        if not 0 < self.temperature < math.inf:
+            raise ConfigurationError(
+                f"{KEY}.temperature={self.temperature} must be above 0 and finite: log-probs are "
+                "those of the distribution sampled from, which greedy decoding has not"
+            )
+        if not 0 <= self.val_temperature < math.inf:
+            raise ConfigurationError(
+                f"{KEY}.val_temperature={self.val_temperature} must be at least 0 (greedy) and "
+                "finite"
+            )
+        if self.val_temperature == 0 and self.val_samples > 1:
+            raise ConfigurationError(
+                f"{KEY}.val_samples={self.val_samples} with val_temperature=0: greedy decoding "
+                "gives the same response every time; set val_samples=1, or val_temperature above 0"
+            )
         if self.behavior_logprobs not in ("trainer", "engine"):
             raise ConfigurationError(
                 f"{KEY}.behavior_logprobs={self.behavior_logprobs!r} must be trainer or engine"
@@ -113,8 +122,13 @@ class RolloutSettings:
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Longest prompt plus response."""
-        return self.max_prompt_tokens + self.max_new_tokens
+        """Longest prompt plus response, in training or evaluation."""
+        return self.max_prompt_tokens + max(self.max_new_tokens, self.evaluation_tokens)
+
+    @property
+    def evaluation_tokens(self) -> int:
+        """Longest response in evaluation."""
+        return self.evaluation.max_new_tokens or self.max_new_tokens
 
     def check_context(self, context: int) -> None:
         """Refuse lengths that the model cannot take.
@@ -125,14 +139,18 @@ class RolloutSettings:
         for name, value in (
             ("max_prompt_tokens", self.max_prompt_tokens),
             ("max_new_tokens", self.max_new_tokens),
+            ("evaluation.max_new_tokens", self.evaluation_tokens),
         ):
             if value >= context:
                 raise ConfigurationError(
                     f"{KEY}.{name}={value} does not fit the model's context of {context} tokens"
                 )
         if self.max_sequence_tokens > context:
+            longer = self.evaluation_tokens > self.max_new_tokens
+            name = "evaluation.max_new_tokens" if longer else "max_new_tokens"
             raise ConfigurationError(
                 f"{KEY}.max_prompt_tokens={self.max_prompt_tokens} + "
-                f"max_new_tokens={self.max_new_tokens} = {self.max_sequence_tokens} exceeds the "
+                f"{name}={max(self.max_new_tokens, self.evaluation_tokens)} = "
+                f"{self.max_sequence_tokens} exceeds the "
                 f"model's context of {context} tokens; lower one of them"
             )

@@ -25,7 +25,7 @@ from copris_lightning.datamodules.prompts import PromptStream
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.rollout.engine import Resting
+from copris_lightning.rollout.engine import Decoding, Resting
 from copris_lightning.rollout.filters import ZeroVarianceFilter
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler, StageStats
 
@@ -113,7 +113,7 @@ class TrainingStream:
                     max_staleness=settings.max_staleness,
                 ),
                 prompts,
-                temperature=settings.temperature,
+                decoding=Decoding(temperature=settings.temperature),
                 seed=settings.seed,
                 name="train",
                 accept=ZeroVarianceFilter(settings.dropped_limit, session.reward_name)
@@ -285,6 +285,7 @@ class TrainingStream:
             "rollout/ready_groups": float(stats.ready_groups),
             "rollout/dropped_groups": float(stats.dropped_groups),
             "rollout/resent_tokens": float(stats.resent_tokens),
+            "rollout/dropped_tokens": float(stats.dropped_tokens),
         }
         if self._cycle_start is not None:
             # A cycle runs from one rollout's end to the next one's: training, sync, rollout.

@@ -21,6 +21,25 @@ Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Decoding:
+    """How an engine chooses tokens; the same for all requests of a scheduler.
+
+    Attributes:
+        temperature: 0 for greedy decoding, which depends on no seed.
+        stop_token_ids: tokens that end the response (the stop token is part of it).
+        top_p: sample from the fewest tokens whose probabilities add up to it; 1 for all.
+        top_k: sample from the k most likely tokens; 0 for all.
+        logprobs: whether chunks bring log-probs; they cost an engine time.
+    """
+
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    top_p: float = 1.0
+    top_k: int = 0
+    logprobs: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What an engine is asked for.
 
@@ -28,8 +47,7 @@ class GenerationRequest:
         request_id: unique over the engine's life.
         token_ids: the prompt, followed by the response so far when a trajectory is resumed.
         max_new_tokens: the remaining budget, > 0.
-        temperature: > 0.
-        stop_token_ids: tokens that end the response (the stop token is part of it).
+        decoding: how to choose tokens, and which ends the response.
         seed: one per trajectory, distinct among all of a run. Engines mix in
             ``len(token_ids)``, so that a resumed response does not repeat its random numbers.
     """
@@ -37,8 +55,7 @@ class GenerationRequest:
     request_id: str
     token_ids: tuple[int, ...]
     max_new_tokens: int
-    temperature: float
-    stop_token_ids: tuple[int, ...]
+    decoding: Decoding
     seed: int
 
 
@@ -48,13 +65,14 @@ class Chunk:
 
     Attributes:
         token_ids: in order; may be empty.
-        logprobs: natural log, of the distribution sampled from (after temperature).
+        logprobs: natural log, of the distribution sampled from (after temperature); ``None`` if
+            the request asked for none.
         version: the policy version of the weights that produced them.
         finish_reason: set on a request's last chunk.
     """
 
     token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    logprobs: tuple[float, ...] | None
     version: int
     finish_reason: FinishReason | None = None
 
@@ -67,9 +85,10 @@ class EngineSpec:
         model: path or hub name of the checkpoint, as for ``from_pretrained``.
         max_num_seqs: how many requests will be in flight.
         max_model_len: longest prompt plus response, in tokens.
-        vocab_size: tokens that the tokenizer knows.
+        vocab_size: tokens that the tokenizer knows and the model has an embedding for.
         seed: of the engine's sampling.
         adapter: the LoRA adapters that syncs bring; ``None`` if they bring whole weights.
+        trust_remote_code: whether to run code that the checkpoint brings along.
     """
 
     model: str
@@ -78,6 +97,7 @@ class EngineSpec:
     vocab_size: int
     seed: int = 0
     adapter: AdapterShape | None = None
+    trust_remote_code: bool = False
 
 
 @runtime_checkable

@@ -37,8 +37,8 @@ class Prompt:
 
 
 Reward = Callable[[str, Prompt], Any]
-"""A verifiable reward: ``reward(response, prompt)`` scores the response text (special tokens
-dropped) with a number. ``None``, NaN and infinities say that there is no verdict: the trajectory is
+"""A verifiable reward: ``reward(response, prompt)`` scores the response text (without the model's
+own end) with a number. ``None``, NaN and infinities say that there is no verdict: the trajectory is
 quarantined. In YAML it is the ``class_path`` of a class with a ``__call__``.
 
 A plain function or ``__call__`` runs in a worker process, which has a copy of its own; an

@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from typing import Any, Literal, Protocol
 
 from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.errors import CoprisError, EngineError, RolloutError
-from copris_lightning.rollout.engine import Engine, GenerationRequest
+from copris_lightning.rollout.engine import Chunk, Decoding, Engine, GenerationRequest
 from copris_lightning.rollout.rewards import Prompt
+from copris_lightning.rollout.stops import StopStrings, StopWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class StageStats:
         ready_groups: complete groups left for the next batch.
         dropped_groups: complete groups that were not accepted, since the stage before ended.
         in_flight_mean: time average of trajectories in flight.
+        dropped_tokens: of ``tokens``, those that came after the end of a stop string.
     """
 
     seconds: float
@@ -89,6 +91,7 @@ class StageStats:
     ready_groups: int
     dropped_groups: int
     in_flight_mean: float
+    dropped_tokens: int = 0
 
 
 class RolloutScheduler:
@@ -100,7 +103,9 @@ class RolloutScheduler:
         prompts: where fresh prompts come from.
         scorer: ``await scorer(response_text, prompt)`` gives the reward.
         decode: response token ids to text, for the scorer only.
-        temperature: of the sampling distribution.
+        decoding: how the engine is to choose tokens. It stops at the buffer's stop tokens,
+            whatever stands here.
+        stops: strings that end a response, too.
         seed: of the requests' seeds.
         name: begins every request id, so that two schedulers can share an engine.
         accept: whether a complete group may be trained on; one that may not is dropped, and a
@@ -116,7 +121,8 @@ class RolloutScheduler:
         prompts: PromptQueue,
         scorer: Scorer,
         decode: Decoder,
-        temperature: float = 1.0,
+        decoding: Decoding | None = None,
+        stops: StopStrings | None = None,
         seed: int = 0,
         name: str = "train",
         accept: Accept = lambda group: True,
@@ -128,7 +134,10 @@ class RolloutScheduler:
         self.observer = observer
         self._scorer = scorer
         self._decode = decode
-        self._temperature = temperature
+        self._decoding = replace(
+            decoding or Decoding(), stop_token_ids=tuple(sorted(buffer.stop_token_ids))
+        )
+        self._stops = stops
         self._seed = seed
         self._name = name
         self._accept = accept
@@ -234,10 +243,10 @@ class RolloutScheduler:
             request_id=f"{self._name}-{key[0]}-{key[1]}-{self._requests}",
             token_ids=(*trajectory.prompt_token_ids, *trajectory.response_token_ids),
             max_new_tokens=trajectory.remaining_tokens,
-            temperature=self._temperature,
-            stop_token_ids=tuple(sorted(self.buffer.stop_token_ids)),
+            decoding=self._decoding,
             seed=trajectory_seed(self._seed, *key),
         )
+        watch = self._stops.watch(trajectory.response_token_ids) if self._stops else None
         try:
             async with aclosing(self.engine.generate(request)) as chunks:
                 async for chunk in chunks:
@@ -246,9 +255,7 @@ class RolloutScheduler:
                             f"the engine ended the response to prompt {trajectory.prompt_id!r} "
                             f"by itself: {chunk.finish_reason}"
                         )
-                    self.buffer.append(key, chunk.token_ids, chunk.logprobs, chunk.version)
-                    if chunk.finish_reason and self.buffer.status(key) is Status.IN_FLIGHT:
-                        self.buffer.finish(key, chunk.finish_reason)
+                    self._append(key, chunk, watch)
                     finished = self.buffer.status(key) is Status.FINISHED
                     if finished:
                         self._spawn(self._scoring, key, self._score(key))
@@ -270,6 +277,20 @@ class RolloutScheduler:
             f"the engine ended the response to prompt {trajectory.prompt_id!r} after "
             f"{trajectory.response_length} tokens without a finish reason"
         )
+
+    def _append(self, key: Key, chunk: Chunk, watch: StopWatch | None) -> None:
+        """Keep a chunk, up to the token that completes a stop string: the response ends with it.
+        (The engine, which does not know, is told by closing its stream.)"""
+        tokens, logprobs = chunk.token_ids, chunk.logprobs
+        kept = watch.first_end(tokens) if watch else None
+        if kept is not None and kept < len(tokens):
+            dropped = len(tokens) - kept
+            self._clock.dropped_tokens += dropped
+            # From the end: numbers that were unequal stay so, and are refused.
+            tokens, logprobs = tokens[:-dropped], logprobs and logprobs[:-dropped]
+        self.buffer.append(key, tokens, logprobs, chunk.version, stops=kept is not None)
+        if chunk.finish_reason and self.buffer.status(key) is Status.IN_FLIGHT:
+            self.buffer.finish(key, chunk.finish_reason)
 
     async def _score(self, key: Key) -> None:
         trajectory = self.buffer.trajectory(key)
@@ -339,6 +360,7 @@ class _StageClock:
         self._in_flight = 0
         self._area = 0.0
         self.tokens = 0
+        self.dropped_tokens = 0
         self.resent_tokens = 0
 
     def count(self, now: float, in_flight: int) -> None:
@@ -358,4 +380,5 @@ class _StageClock:
             ready_groups=buffer.ready_groups,
             dropped_groups=dropped_groups,
             in_flight_mean=self._area / seconds if seconds > 0 else 0.0,
+            dropped_tokens=self.dropped_tokens,
         )

@@ -1,8 +1,9 @@
 """An engine and an event loop on virtual time: seeded, deterministic, able to misbehave.
 
 The scheduler that runs on it is the one that runs on vLLM. A token is a hash of the version, the
-whole prefix and the trajectory's seed (:func:`simulate_token`), so that a token that was lost,
-doubled or labelled with the wrong version is found out by computing it again.
+whole prefix and the trajectory's seed (:func:`simulate_token`; greedy decoding: the seed 0), so
+that a token that was lost, doubled or labelled with the wrong version is found out by computing it
+again.
 """
 
 from __future__ import annotations
@@ -240,10 +241,9 @@ class SimulatedEngine:
             raise EngineError("the simulated engine is not running")
         if request.request_id in self._active:
             raise EngineError(f"request id {request.request_id!r} is in use")
+        seed = request.seed if request.decoding.temperature > 0 else 0
         active = _Active(
-            request,
-            _absorb(_mix(request.seed, 2), request.token_ids),
-            self.lengths.mean(request.seed),
+            request, _absorb(_mix(seed, 2), request.token_ids), self.lengths.mean(seed)
         )
         self._active[request.request_id] = active
         if self._steps is None or self._steps.done():
@@ -300,25 +300,27 @@ class SimulatedEngine:
         request = active.request
         if active.made >= request.max_new_tokens:
             return
-        stop = request.stop_token_ids[0] if request.stop_token_ids else -1
-        mean = active.mean if request.stop_token_ids else math.inf
+        stops = request.decoding.stop_token_ids
+        stop = stops[0] if stops else -1
+        mean = active.mean if stops else math.inf
         token, logprob = _draw(active.state, self._version, vocab_size, stop, mean)
         active.state = _mix(active.state, token)
         active.made += 1
         self.tokens_made += 1
         reason: FinishReason | None = None
-        if token in request.stop_token_ids:
+        if token in stops:
             reason = "stop"
         elif active.made == request.max_new_tokens:
             reason = "length"
+        logprobs, nothing = ((logprob,), ()) if request.decoding.logprobs else (None, None)
         if self._happens(active, 5, self.faults.empty_chunk_rate):
-            active.chunks.put_nowait(Chunk((), (), self._version))
+            active.chunks.put_nowait(Chunk((), nothing, self._version))
         if reason and self._happens(active, 6, self.faults.late_finish_rate):
-            active.chunks.put_nowait(Chunk((token,), (logprob,), self._version))
-            active.chunks.put_nowait(Chunk((), (), self._version, reason))
+            active.chunks.put_nowait(Chunk((token,), logprobs, self._version))
+            active.chunks.put_nowait(Chunk((), nothing, self._version, reason))
             active.made = request.max_new_tokens
         else:
-            active.chunks.put_nowait(Chunk((token,), (logprob,), self._version, reason))
+            active.chunks.put_nowait(Chunk((token,), logprobs, self._version, reason))
             if reason:
                 active.made = request.max_new_tokens
 

@@ -39,6 +39,7 @@ _OWN_ENGINE_ARGS = {
     "worker_extension_cls": "nothing: weights are loaded through it",
     "weight_transfer_config": "engine.init_args.transport",
     "enable_sleep_mode": "engine.init_args.sleep_level",
+    "trust_remote_code": "model.init_args.trust_remote_code",
 }
 """Engine arguments that are not the user's to set, and what to change instead."""
 
@@ -203,6 +204,7 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",
             "worker_extension_cls": self.worker_extension,
             "enable_sleep_mode": self.sleep_level is not None,
+            "trust_remote_code": spec.trust_remote_code,
         }
         if self.transport != "files":
             arguments["weight_transfer_config"] = {"backend": self.transport}
@@ -216,30 +218,39 @@ class VLLMEngine:
         """Stream one response. See :class:`Engine`."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+        decoding = request.decoding
         seed = (request.seed + len(request.token_ids)) % 2**63 if self.request_seeds else None
         params = SamplingParams(
-            temperature=request.temperature,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            top_k=decoding.top_k,
             max_tokens=request.max_new_tokens,
             # Only what is asked for ends a response, so that what the buffer counts as a stop
             # and what vLLM does cannot differ.
-            stop_token_ids=list(request.stop_token_ids),
+            stop_token_ids=list(decoding.stop_token_ids),
             ignore_eos=True,
-            logprobs=0,
-            flat_logprobs=True,
+            logprobs=0 if decoding.logprobs else None,
+            flat_logprobs=decoding.logprobs,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
             seed=seed,
         )
-        async for output in self._outputs(request.token_ids, params, request.request_id):
-            completion = output.outputs[0]
-            values = completion.logprobs
-            yield Chunk(
-                token_ids=tuple(completion.token_ids),
-                # Flat log-probs hold one entry per token here, the sampled one's.
-                logprobs=tuple(values.logprobs) if completion.token_ids else (),
-                version=self._version,
-                finish_reason=completion.finish_reason,
-            )
+        # Closed here, not when it is collected: a request that nobody reads any more is aborted
+        # before this returns.
+        async with aclosing(self._outputs(request.token_ids, params, request.request_id)) as parts:
+            async for output in parts:
+                completion = output.outputs[0]
+                logprobs: tuple[float, ...] | None = None
+                if decoding.logprobs:
+                    # Flat log-probs hold one entry per token here, the sampled one's.
+                    values = completion.logprobs
+                    logprobs = tuple(values.logprobs) if completion.token_ids else ()
+                yield Chunk(
+                    token_ids=tuple(completion.token_ids),
+                    logprobs=logprobs,
+                    version=self._version,
+                    finish_reason=completion.finish_reason,
+                )
 
     async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Write the weights, or a LoRA adapter, to shared memory and have the workers load them."""

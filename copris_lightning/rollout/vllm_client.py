@@ -119,7 +119,9 @@ class VLLMServer:
 
     async def generate(
         self, token_ids: Sequence[int], params: dict[str, Any], request_id: str
-    ) -> AsyncGenerator[tuple[tuple[int, ...], tuple[float, ...], FinishReason | None], None]:
+    ) -> AsyncGenerator[
+        tuple[tuple[int, ...], tuple[float, ...] | None, FinishReason | None], None
+    ]:
         """Stream a response; closing the generator aborts it.
 
         Args:
@@ -128,13 +130,13 @@ class VLLMServer:
             request_id: for the server's log.
 
         Yields:
-            new token ids, their log-probs (NaN where there is none) and the finish reason, which
-            only the last has.
+            new token ids, their log-probs (NaN where there is none; ``None`` if ``params`` ask
+            for none) and the finish reason, which only the last has.
         """
         body = {
             "request_id": request_id,
             "token_ids": token_ids,
-            "sampling_params": {**params, "logprobs": 0, "detokenize": False},
+            "sampling_params": {**params, "detokenize": False},
             "stream": True,
         }
         if not self.in_flight:
@@ -149,7 +151,9 @@ class VLLMServer:
                     reason: FinishReason | Literal["abort"] | None = choice["finish_reason"]
                     if reason == "abort":
                         raise LostError(f"{self.url} ended request {request_id} by itself")
-                    logprobs = tuple(_logprob(entry) for entry in choice["logprobs"]["content"])
+                    logprobs = None
+                    if params["logprobs"] is not None:
+                        logprobs = tuple(map(_logprob, choice["logprobs"]["content"]))
                     yield tuple(choice["token_ids"]), logprobs, reason
                     if reason is not None:
                         return

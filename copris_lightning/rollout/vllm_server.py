@@ -161,15 +161,19 @@ class VLLMServerEngine:
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one response, by as many servers as it takes. See :class:`Engine`."""
+        decoding = request.decoding
         tokens = list(request.token_ids)
         end = len(tokens) + request.max_new_tokens
         while True:
             server = min(self._live(), key=lambda live: live.in_flight)
             params = {
-                "temperature": request.temperature,
+                "temperature": decoding.temperature,
+                "top_p": decoding.top_p,
+                "top_k": decoding.top_k,
+                "logprobs": 0 if decoding.logprobs else None,
                 "max_tokens": end - len(tokens),
                 # Only what is asked for ends a response, as in VLLMEngine.
-                "stop_token_ids": request.stop_token_ids,
+                "stop_token_ids": decoding.stop_token_ids,
                 "ignore_eos": True,
                 "seed": (request.seed + len(tokens)) % 2**63 if self.request_seeds else None,
             }
@@ -237,7 +241,8 @@ class VLLMServerEngine:
         assert self._spec is not None
         name = f"{KEY}.urls: {server.url}"
         port = urlsplit(server.url).port or 80
-        start = f"start it with `copris serve --model {self._spec.model} --port {port}`"
+        code = " --trust-remote-code" if self._spec.trust_remote_code else ""
+        start = f"start it with `copris serve --model {self._spec.model} --port {port}{code}`"
         try:
             with handed_over((), self.sync_directory) as path:
                 facts = await server.facts(path)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -31,6 +31,7 @@ from copris_lightning.rollout.simulated import (
     VirtualClockLoop,
     simulate_token,
 )
+from copris_lightning.rollout.stops import StopStrings
 
 VOCAB = 50
 STOP = 3
@@ -97,6 +98,8 @@ class Rollout:
         engine: Any = None,
         loop: VirtualClockLoop | None = None,
         name: str = "train",
+        decode: Callable[[Sequence[int]], str] = lambda token_ids: " ".join(map(str, token_ids)),
+        stops: tuple[str, ...] = (),
     ) -> None:
         self.seed = seed
         self.loop = loop or VirtualClockLoop()
@@ -122,7 +125,8 @@ class Rollout:
             buffer=self.buffer,
             prompts=self.prompts,
             scorer=scorer,
-            decode=lambda token_ids: " ".join(map(str, token_ids)),
+            decode=decode,
+            stops=StopStrings(stops, decode),
             seed=seed,
             name=name,
             observer=self._observe,

@@ -9,7 +9,7 @@ from statistics import fmean, median
 import pytest
 
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-from copris_lightning.rollout.engine import Engine, EngineSpec, GenerationRequest
+from copris_lightning.rollout.engine import Decoding, Engine, EngineSpec, GenerationRequest
 from copris_lightning.rollout.simulated import (
     Faults,
     LengthModel,
@@ -29,14 +29,13 @@ def spec(**settings):
     )
 
 
-def request(**settings):
+def request(stop_token_ids=(STOP,), **settings):
     return GenerationRequest(
         **{
             "request_id": "r0",
             "token_ids": (10, 11),
             "max_new_tokens": 30,
-            "temperature": 1.0,
-            "stop_token_ids": (STOP,),
+            "decoding": Decoding(1.0, stop_token_ids),
             "seed": 7,
         }
         | settings

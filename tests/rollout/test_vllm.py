@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptStream
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-from copris_lightning.rollout.engine import Engine, EngineSpec, GenerationRequest
+from copris_lightning.rollout.engine import Decoding, Engine, EngineSpec, GenerationRequest
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler
 from copris_lightning.rollout.vllm import VLLMEngine
 
@@ -49,7 +49,7 @@ async def generate(
     seed: int = 0,
 ) -> tuple[list[int], list[float], str | None]:
     name = f"test-{random.random()}"
-    request = GenerationRequest(name, tokens, n, temperature, stop, seed)
+    request = GenerationRequest(name, tokens, n, Decoding(temperature, stop), seed)
     ids: list[int] = []
     logprobs: list[float] = []
     reason = None
@@ -157,7 +157,7 @@ def test_weights_are_refused_while_requests_are_in_flight(synced: Running, model
     engine, call = synced
 
     async def sync_in_the_middle() -> None:
-        request = GenerationRequest("middle", (5, 6), 200, 1.0, (), 0)
+        request = GenerationRequest("middle", (5, 6), 200, Decoding(), 0)
         async with aclosing(engine.generate(request)) as chunks:
             async for _ in chunks:
                 await engine.update_weights(model.named_parameters(), 99)
@@ -191,7 +191,7 @@ def new_scheduler(
         prompts=PromptStream(SomePrompts(), encode),
         scorer=score,
         decode=tokenizer.decode,
-        temperature=temperature,
+        decoding=Decoding(temperature),
         name=f"test-{random.random()}",
         observer=events.append,
     )

@@ -32,7 +32,7 @@ from copris_lightning import (
 from copris_lightning.core.buffer import CarryOverBuffer, Status
 from copris_lightning.datamodules.loop_thread import LoopThread
 from copris_lightning.errors import EngineError, WeightSyncError
-from copris_lightning.rollout.engine import Engine, EngineSpec, GenerationRequest
+from copris_lightning.rollout.engine import Decoding, Engine, EngineSpec, GenerationRequest
 from copris_lightning.rollout.scheduler import Event
 
 pytestmark = pytest.mark.timeout(600)  # two servers boot at once on the cores that there are
@@ -109,7 +109,9 @@ async def generate(
     seed: int = 0,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> tuple[list[int], list[float], str | None]:
-    request = GenerationRequest(f"test-{random.random()}", tokens, n, temperature, stop, seed)
+    request = GenerationRequest(
+        f"test-{random.random()}", tokens, n, Decoding(temperature, stop), seed
+    )
     ids: list[int] = []
     logprobs: list[float] = []
     reason = None
@@ -271,7 +273,7 @@ def test_weights_are_refused_while_requests_are_in_flight(synced: Connected, mod
     engine, call = synced
 
     async def sync_in_the_middle() -> None:
-        request = GenerationRequest("middle", PROMPT, 200, 1.0, (), 0)
+        request = GenerationRequest("middle", PROMPT, 200, Decoding(), 0)
         async with aclosing(engine.generate(request)) as chunks:
             async for _ in chunks:
                 await engine.update_weights(model.named_parameters(), 99)

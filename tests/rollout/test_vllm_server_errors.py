@@ -18,7 +18,7 @@ from aiohttp.test_utils import TestServer, unused_port
 
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 from copris_lightning.rollout import vllm_client
-from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.rollout.engine import Chunk, Decoding, EngineSpec, GenerationRequest
 from copris_lightning.rollout.vllm_server import VLLMServerEngine
 
 SPEC = EngineSpec("some/model", 16, 100, vocab_size=98)
@@ -136,7 +136,7 @@ async def nothing(engine: VLLMServerEngine) -> None:
 
 
 async def generate(engine: VLLMServerEngine) -> list[Chunk]:
-    request = GenerationRequest("name", (3, 4), 10, 1.0, (1,), seed=5)
+    request = GenerationRequest("name", (3, 4), 10, Decoding(1.0, (1,)), seed=5)
     return [chunk async for chunk in engine.generate(request)]
 
 
