@@ -22,8 +22,9 @@ if TYPE_CHECKING:
         TokenRatio,
         UncorrectedRatio,
     )
-    from copris_lightning.datamodules.prompts import DatasetPrompts
+    from copris_lightning.datamodules.dataset import DatasetPrompts
     from copris_lightning.datamodules.rollout import RolloutDataModule
+    from copris_lightning.datamodules.template import Template
     from copris_lightning.lora import LoRA
     from copris_lightning.module import CoprisModule
     from copris_lightning.rollout.rewards import Prompt, Reward
@@ -35,7 +36,7 @@ _HOMES = {
     "CispoLoss": "core.losses",
     "ClippedPolicyLoss": "core.losses",
     "CoprisModule": "module",
-    "DatasetPrompts": "datamodules.prompts",
+    "DatasetPrompts": "datamodules.dataset",
     "DecoupledRatio": "core.ratios",
     "KLPenalty": "core.penalties",
     "LagRejection": "core.corrections",
@@ -51,6 +52,7 @@ _HOMES = {
     "SequenceRatio": "core.ratios",
     "SimulatedEngine": "rollout.simulated",
     "StalenessMonitor": "callbacks.staleness",
+    "Template": "datamodules.template",
     "TokenRatio": "core.ratios",
     "TrajectoryLedger": "callbacks.ledger",
     "Truncation": "core.corrections",
@@ -80,6 +82,7 @@ __all__ = [
     "SequenceRatio",
     "SimulatedEngine",
     "StalenessMonitor",
+    "Template",
     "TokenRatio",
     "TrajectoryLedger",
     "Truncation",
