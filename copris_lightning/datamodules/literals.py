@@ -178,7 +178,7 @@ def _nested_text(scalar: Any) -> Any:
         return [arrow_text(item) for item in scalar.values]
     if isinstance(scalar, pa.StructScalar):
         return {plain_text(kind.field(i).name): arrow_text(scalar[i]) for i in range(len(kind))}
-    if isinstance(scalar, pa.DictionaryScalar | pa.UnionScalar):
+    if isinstance(scalar, pa.DictionaryScalar):
         return arrow_text(scalar.value)
     if isinstance(scalar, pa.ExtensionScalar):
         if kind.extension_name == "arrow.json":
