@@ -99,8 +99,7 @@ def read_csv(path: Path, file: str, delimiter: str) -> tuple[list[str], list[Row
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         place = "line 1"
         try:
-            header = next((cells for cells in lines if cells), [])
-            _check_header(header, file)
+            header = _header(lines, file)
             place = f"line {lines.line_num + 1}"
             for cells in lines:
                 if cells:
@@ -159,13 +158,18 @@ def _csv_row(cells: list[str], header: list[str], file: str, place: str) -> Row:
     return Row(file, place, dict(zip(header, cells, strict=True)))
 
 
-def _check_header(header: list[str], file: str) -> None:
+def _header(lines: Iterator[list[str]], file: str) -> list[str]:
+    try:
+        header = next((cells for cells in lines if cells), [])
+    except csv.Error as error:
+        raise _bad(file, f"is no CSV: {error} in the first line") from None
     if (name := doubled(header)) is not None:
         raise _bad(file, f"names the column {name!r} twice")
     try:
         "".join(header).encode()
     except UnicodeEncodeError:
         raise _bad(file, "is not UTF-8: its first line") from None
+    return header
 
 
 def _content(path: Path, file: str) -> bytes:

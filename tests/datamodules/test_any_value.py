@@ -124,7 +124,15 @@ good_rows = st.fixed_dictionaries(
 any_rows = st.fixed_dictionaries(
     {}, optional={"prompt": prompts | values, "answer": values, "id": ids | values, "x": values}
 )
-rows = st.lists(good_rows, min_size=1, max_size=3) | st.lists(good_rows | any_rows, min_size=1)
+
+
+def own_id(row: dict[str, Value]) -> str:
+    return repr(row["id"].answer if "id" in row else None)
+
+
+rows = st.lists(good_rows, min_size=1, max_size=3, unique_by=own_id) | st.lists(
+    good_rows | any_rows, min_size=1, max_size=5, unique_by=own_id
+)
 quick = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -214,7 +222,7 @@ GOOD = {
 @quick
 @given(rows, st.booleans())
 def test_rows_of_json_are_right_or_refused(found, as_array):
-    found = [GOOD, *found]
+    found = [{**GOOD, "id": spelled("good")}, *found]
     lines = [keyed(row).literal for row in found]
     text = f"[{', '.join(lines)}]" if as_array else "\n".join(lines)
     with tempfile.TemporaryDirectory() as folder:
@@ -226,7 +234,7 @@ def test_rows_of_json_are_right_or_refused(found, as_array):
 @quick
 @given(st.sampled_from(["prompt", "answer", "id"]), values)
 def test_one_odd_value_in_a_good_row_is_right_or_refused(column, value):
-    found = [GOOD, {**GOOD, column: value}]
+    found = [{**GOOD, "id": spelled("good")}, {**GOOD, column: value}]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.json")
         path.write_text("\n".join(keyed(row).literal for row in found), encoding="utf-8")
@@ -242,7 +250,14 @@ cells = st.one_of(
 
 
 @quick
-@given(st.lists(st.tuples(cells, cells, cells, cells), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.tuples(words.map(lambda word: word.plain) | cells, cells, cells, cells),
+        min_size=1,
+        max_size=4,
+        unique_by=lambda row: row[2],
+    )
+)
 def test_rows_of_csv_are_right_or_refused(found):
     def quoted(cell: str) -> str:
         return '"' + cell.replace('"', '""') + '"'
@@ -295,9 +310,9 @@ def test_rows_of_parquet_are_right_or_refused(data):
     stored = [None if item is None else item[0] for item in column]
     answers = [None if item is None else item[1] for item in column]
     names = [f"n{i}" for i in range(len(column))]
-    texts = data.draw(
-        st.lists(st.none() | st.text("ab", max_size=3), min_size=len(names), max_size=len(names))
-    )
+    first = st.lists(words.map(lambda word: word.plain), min_size=len(names) - 1)
+    odd = st.sampled_from(["a", "b", None, "", "\xe9"])
+    texts = [*data.draw(first)[: len(names) - 1], data.draw(odd)]
     table = {
         "prompt": pa.array(texts, pa.string()),
         "id": pa.array(names),
@@ -309,7 +324,7 @@ def test_rows_of_parquet_are_right_or_refused(data):
         (name, text, [answer] if nested else answer, {})
         if text and answer is not ConfigurationError
         else None
-        for name, text, answer in zip(names, texts, answers, strict=True)
+        for name, text, answer in zip(names, map(text_of_prompt, texts), answers, strict=True)
     ]
     with tempfile.TemporaryDirectory() as folder:
         pq.write_table(pa.table(table), Path(folder, "rows.parquet"))
@@ -319,7 +334,7 @@ def test_rows_of_parquet_are_right_or_refused(data):
 @settings(quick, max_examples=8)
 @given(rows)
 def test_a_run_trains_on_such_rows_or_refuses_them(tiny_checkpoint, found):
-    found = [*found, *({**GOOD, "id": scalar(str(i), i)} for i in range(4))]
+    found = [*found, *({**GOOD, "id": spelled(f"good{i}")} for i in range(4))]
     expected = [json_row(row) for row in found]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")

@@ -262,6 +262,7 @@ def test_files_with_tabs_are_known_by_their_name(raw):
         ("", "rows.jsonl", "no row is in .*rows.jsonl"),
         ("prompt,answer\n", "rows.csv", "no row is in .*rows.csv"),
         ("a,b,a\n1,2,3\n", "rows.csv", "rows.csv names the column 'a' twice"),
+        ('"prompt,answer\na,1', "rows.csv", "rows.csv is no CSV: .* in the first line"),
         (b"\xff\xfe{\x00", "rows.jsonl", "rows.jsonl is UTF-16"),
         (b"PK\x03\x04", "rows.zip", "rows.zip is a zip archive"),
         (gzip.compress(b'{"prompt": "a"}')[:-4], "rows.gz", "rows.gz cannot be read"),
