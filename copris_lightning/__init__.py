@@ -22,9 +22,10 @@ if TYPE_CHECKING:
         TokenRatio,
         UncorrectedRatio,
     )
-    from copris_lightning.datamodules.prompts import DatasetPrompts
+    from copris_lightning.datamodules.dataset import DatasetPrompts
     from copris_lightning.datamodules.rollout import RolloutDataModule
     from copris_lightning.datamodules.sampling import Evaluation, Sampling
+    from copris_lightning.datamodules.template import Template
     from copris_lightning.lora import LoRA
     from copris_lightning.module import CoprisModule
     from copris_lightning.rollout.rewards import Prompt, Reward
@@ -36,7 +37,7 @@ _HOMES = {
     "CispoLoss": "core.losses",
     "ClippedPolicyLoss": "core.losses",
     "CoprisModule": "module",
-    "DatasetPrompts": "datamodules.prompts",
+    "DatasetPrompts": "datamodules.dataset",
     "DecoupledRatio": "core.ratios",
     "Evaluation": "datamodules.sampling",
     "KLPenalty": "core.penalties",
@@ -54,6 +55,7 @@ _HOMES = {
     "SequenceRatio": "core.ratios",
     "SimulatedEngine": "rollout.simulated",
     "StalenessMonitor": "callbacks.staleness",
+    "Template": "datamodules.template",
     "TokenRatio": "core.ratios",
     "TrajectoryLedger": "callbacks.ledger",
     "Truncation": "core.corrections",
@@ -85,6 +87,7 @@ __all__ = [
     "SequenceRatio",
     "SimulatedEngine",
     "StalenessMonitor",
+    "Template",
     "TokenRatio",
     "TrajectoryLedger",
     "Truncation",

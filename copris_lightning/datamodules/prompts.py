@@ -1,13 +1,16 @@
-"""Where prompts come from: data sets, and the endless shuffled stream that training draws on."""
+"""Prompts on their way to the engine: sources, their tokens, and the stream training draws on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from copris_lightning.datamodules.literals import shown
+from copris_lightning.datamodules.messages import UnusablePrompt
+from copris_lightning.datamodules.template import ChatRenderer, Template
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
 from copris_lightning.rollout.scheduler import QueuedPrompt
@@ -29,81 +32,13 @@ class PromptSource(Protocol):
         ...
 
 
-class DatasetPrompts:
-    """Prompts from a data set of the hub, or from local JSON Lines, CSV or Parquet files.
+@runtime_checkable
+class Located(Protocol):
+    """What a source may have besides: the place of a prompt, for errors."""
 
-    Args:
-        path: as for ``datasets.load_dataset``: a hub name, a folder, or ``json``, ``csv``,
-            ``parquet`` together with ``data_files``.
-        prompt_column: holds the prompt: text, or a list of chat messages.
-        answer_column: holds what the reward compares with; ``null`` if there is none.
-        id_column: holds the prompt's id; by default the row number is used.
-        name: the data set's configuration.
-        split: which part of it.
-        data_files: local files.
-        as_chat: wrap a text prompt as one user message, for the model's chat template.
-        instruction: appended to a text prompt.
-
-    Raises:
-        ConfigurationError: the data set cannot be loaded or lacks a column.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        prompt_column: str = "prompt",
-        answer_column: str | None = "answer",
-        id_column: str | None = None,
-        name: str | None = None,
-        split: str = "train",
-        data_files: str | list[str] | None = None,
-        as_chat: bool = False,
-        instruction: str = "",
-    ) -> None:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        try:
-            self._rows = load_dataset(path, name=name, split=split, data_files=data_files)
-        except (OSError, ValueError, DatasetsError) as error:
-            raise ConfigurationError(
-                f"prompts.init_args.path={path!r} (split {split!r}) cannot be loaded: "
-                f"{error.__cause__ or error}"
-            ) from error
-        for key, column in (
-            ("prompt_column", prompt_column),
-            ("answer_column", answer_column),
-            ("id_column", id_column),
-        ):
-            if column is not None and column not in self._rows.column_names:
-                raise ConfigurationError(
-                    f"prompts.init_args.{key}={column!r}: the data set has the columns "
-                    f"{', '.join(self._rows.column_names)}"
-                )
-        self._prompt_column = prompt_column
-        self._answer_column = answer_column
-        self._id_column = id_column
-        self._as_chat = as_chat
-        self._instruction = instruction
-
-    def __len__(self) -> int:
-        """Rows of the data set."""
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> Prompt:
-        """The prompt of a row; other columns are in its ``extra``."""
-        row = dict(self._rows[index])
-        content = row.pop(self._prompt_column)
-        answer = row.pop(self._answer_column) if self._answer_column else None
-        name = str(row.pop(self._id_column)) if self._id_column else f"{index:08d}"
-        if not isinstance(content, str):
-            messages = tuple(dict(message) for message in content)
-            return Prompt(name, messages=messages, answer=answer, extra=row)
-        text = content + self._instruction
-        if self._as_chat:
-            message = {"role": "user", "content": text}
-            return Prompt(name, messages=(message,), answer=answer, extra=row)
-        return Prompt(name, text=text, answer=answer, extra=row)
+    def place_of(self, index: int) -> str:
+        """File, line and column, say, of the prompt at an index."""
+        ...
 
 
 class PromptEncoder:
@@ -113,57 +48,83 @@ class PromptEncoder:
         tokenizer: the model's.
         max_prompt_tokens: longest prompt that is let through.
         key: the YAML key of the prompts, for errors.
+        template: how conversations are rendered.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, max_prompt_tokens: int, key: str
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_prompt_tokens: int,
+        key: str,
+        template: Template | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._max_prompt_tokens = max_prompt_tokens
-        self._key = key
+        self.max_prompt_tokens = max_prompt_tokens
+        self.key = key
+        self.template = template or Template()
+        self._renderer: ChatRenderer | None = None
 
     def __call__(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of the prompt.
 
         Raises:
-            ConfigurationError: chat messages without a chat template, an empty prompt, or one
-                that is too long.
+            ConfigurationError: chat messages without a chat template, a prompt that is empty or
+                malformed, or one that is too long.
         """
-        ids = tuple(self._encode(prompt))
-        if not ids:
-            raise ConfigurationError(f"{self._key}: prompt {prompt.id!r} is empty")
-        if len(ids) > self._max_prompt_tokens:
-            raise ConfigurationError(
-                f"{self._key}: prompt {prompt.id!r} has {len(ids)} tokens, more than "
-                f"data.init_args.max_prompt_tokens={self._max_prompt_tokens}; raise that, or set "
-                "data.init_args.skip_long_prompts=true to leave such prompts out"
-            )
+        try:
+            ids = self.tokens(prompt)
+            self.check_length(ids)
+        except UnusablePrompt as error:
+            raise ConfigurationError(f"{self.key}: prompt {prompt.id!r} {error}") from error
         return ids
 
-    def fits(self, prompt: Prompt) -> bool:
-        """Whether the prompt is short enough."""
-        return len(self._encode(prompt)) <= self._max_prompt_tokens
+    def check_length(self, token_ids: Sequence[int]) -> None:
+        """Refuse a prompt that is too long.
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+        Raises:
+            UnusablePrompt: says how long it is, and which settings help.
+        """
+        if len(token_ids) > self.max_prompt_tokens:
+            raise UnusablePrompt(
+                f"has {len(token_ids)} tokens, more than "
+                f"data.init_args.max_prompt_tokens={self.max_prompt_tokens}; raise that, or set "
+                "data.init_args.skip_long_prompts=true to leave such prompts out"
+            )
+
+    def tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        """Token ids of the prompt, however many.
+
+        Raises:
+            UnusablePrompt: says what is wrong with this prompt.
+            ConfigurationError: no conversation can be rendered.
+        """
         if (prompt.text is None) == (prompt.messages is None):
-            raise ConfigurationError(
-                f"{self._key}: prompt {prompt.id!r} needs either text or messages"
-            )
+            raise UnusablePrompt("needs either text or messages")
         if prompt.messages is None:
-            return list(self._tokenizer(prompt.text)["input_ids"])
-        if not self._tokenizer.chat_template:
-            raise ConfigurationError(
-                f"{self._key}: prompt {prompt.id!r} holds chat messages, but the tokenizer of "
-                "model.init_args.model has no chat template; give text prompts, or a model with one"
-            )
-        # The template writes the special tokens itself: tokenizing its text would double them.
-        encoded: Any = self._tokenizer.apply_chat_template(
-            [dict(message) for message in prompt.messages],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-        )
-        return list(encoded["input_ids"])
+            if not isinstance(prompt.text, str):
+                raise UnusablePrompt(f"is {shown(prompt.text)}; it must be text")
+            if not prompt.text:
+                raise UnusablePrompt("is empty")
+            return self._ids(prompt.text, add_special_tokens=True)
+        if self._renderer is None:
+            try:
+                self._renderer = ChatRenderer(self._tokenizer, self.template)
+            except ConfigurationError as error:
+                raise ConfigurationError(
+                    f"{self.key}: prompt {prompt.id!r} holds chat messages, but {error}"
+                ) from error
+        # The template writes the special tokens itself: the tokenizer would double them.
+        return self._ids(self._renderer(prompt.messages), add_special_tokens=False)
+
+    def _ids(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        try:
+            ids: Any = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+        except Exception as error:
+            raise UnusablePrompt(f"cannot be tokenized: {type(error).__name__}: {error}") from error
+        if not ids:
+            raise UnusablePrompt("is empty")
+        return tuple(ids)
 
 
 class PromptStream:

@@ -25,11 +25,13 @@ from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.decoding import ResponseDecoder
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.datamodules.inspection import usable_prompts
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
 from copris_lightning.datamodules.protocols import RolloutListener
 from copris_lightning.datamodules.sampling import Evaluation, Sampling
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.datamodules.template import Template
 from copris_lightning.datamodules.training import TrainingStream
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.pretrained import (
@@ -120,6 +122,7 @@ class RolloutDataModule(L.LightningDataModule):
             simulated engine's is virtual: it calls rewards in place, without a limit.)
         reward_workers: processes that compute rewards.
         seed: of the prompt order and of sampling.
+        template: how conversations become prompts, and responses text; see :class:`Template`.
 
     Raises:
         ConfigurationError: a setting that cannot work; names the YAML key.
@@ -158,6 +161,7 @@ class RolloutDataModule(L.LightningDataModule):
         reward_timeout_s: float = 30.0,
         reward_workers: int = 1,
         seed: int = 0,
+        template: Template | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
@@ -188,6 +192,7 @@ class RolloutDataModule(L.LightningDataModule):
         self.engine = engine
         self.skip_long_prompts = skip_long_prompts
         self.advantage = advantage
+        self.template = template or Template()
         self.sources: dict[str, PromptSource | None] = {
             "prompts": prompts,
             "val_prompts": val_prompts,
@@ -252,7 +257,9 @@ class RolloutDataModule(L.LightningDataModule):
         self.exchange = self.exchange or Exchange()
         with self.exchange.leading():
             if self.trainer.is_global_zero and self.session is None:
-                decode = ResponseDecoder(tokenizer, ends, special_tokens="keep")
+                decode = ResponseDecoder(
+                    tokenizer, ends, special_tokens=self.template.special_tokens
+                )
                 stop = tuple(sampling.stop)
                 self.session = RolloutSession(
                     self.engine, spec, self.scorer, decode, stop, self._while_waiting
@@ -301,22 +308,18 @@ class RolloutDataModule(L.LightningDataModule):
             if source is None:
                 continue
             limit = self.settings.max_prompt_tokens
-            encode = PromptEncoder(tokenizer, max_prompt_tokens=limit, key=f"{KEY}.{name}")
-            indices = None
-            if self.skip_long_prompts:
-                indices = [i for i in range(len(source)) if encode.fits(source[i])]
+            encode = PromptEncoder(
+                tokenizer, max_prompt_tokens=limit, key=f"{KEY}.{name}", template=self.template
+            )
             training = name == "prompts"
-            stream = PromptStream(
+            self._streams[name] = PromptStream(
                 source,
                 encode,
                 seed=self.settings.seed if training else None,
                 epochs=None if training else 1,
-                indices=indices,
+                indices=usable_prompts(source, encode, skip_long=self.skip_long_prompts),
                 key=f"{KEY}.{name}",
             )
-            for _ in stream:  # raises where a prompt cannot be used
-                pass
-            self._streams[name] = stream
 
     def update_weights(self, weights: Weights, version: int) -> None:
         """Give the engine new weights; tokens generated from now on bear ``version``.

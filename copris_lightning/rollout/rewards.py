@@ -25,13 +25,15 @@ class Prompt:
         id: the user's name for it; appears in the ledger and in errors.
         text: the prompt as plain text; or
         messages: as chat messages, rendered by the tokenizer's chat template.
-        answer: what the reward compares the response with.
+        answer: what the reward compares the response with. From a data set it is text, lists and
+            objects whose leaves are text, or ``None`` (see :class:`DatasetPrompts`); a prompt
+            source of the user's own may give anything that can be pickled.
         extra: further columns of the data set.
     """
 
     id: str
     text: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
+    messages: tuple[dict[str, Any], ...] | None = None
     answer: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
 

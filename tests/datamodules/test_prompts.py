@@ -1,13 +1,12 @@
-"""Data sets of prompts, their tokens, and the stream that training draws on."""
+"""The tokens of prompts, and the stream that training draws on."""
 
 from __future__ import annotations
 
 import json
 
-import datasets
 import pytest
 
-from copris_lightning.datamodules.prompts import DatasetPrompts, PromptEncoder, PromptStream
+from copris_lightning.datamodules.prompts import PromptEncoder, PromptStream
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.quickstart.warm_start import character_tokenizer
 from copris_lightning.rollout.rewards import Prompt
@@ -189,8 +188,6 @@ def test_an_empty_prompt_is_refused(encode):
 
 def test_the_longest_prompt_that_is_let_through_has_the_limits_length(encode):
     assert len(encode(Prompt("a", text="x" * 20))) == 20
-    assert encode.fits(Prompt("a", text="x" * 20))
-    assert not encode.fits(Prompt("a", text="x" * 21))
     with pytest.raises(ConfigurationError) as caught:
         encode(Prompt("a7", text="x" * 21))
     for part in (
@@ -200,100 +197,3 @@ def test_the_longest_prompt_that_is_let_through_has_the_limits_length(encode):
         "data.init_args.skip_long_prompts=true",
     ):
         assert part in str(caught.value)
-
-
-# -- data sets -----------------------------------------------------------------------------
-
-ROWS = [
-    {"prompt": "1+1=", "answer": "2", "name": "one", "level": 1},
-    {"prompt": "2+2=", "answer": "4", "name": "two", "level": 2},
-]
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Writes rows to a file; nothing is cached outside the test's folder, nor fetched."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-
-    def rows_to_file(rows=ROWS, name="rows.jsonl"):
-        path = tmp_path / name
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return str(path)
-
-    return rows_to_file
-
-
-def load(path, **settings):
-    return DatasetPrompts("json", data_files=path, **settings)
-
-
-def test_rows_become_prompts_with_the_other_columns_as_extra(write):
-    prompts = load(write())
-    assert len(prompts) == 2
-    assert prompts[1] == Prompt(
-        "00000001", text="2+2=", answer="4", extra={"name": "two", "level": 2}
-    )
-    assert prompts[1] == prompts[1]
-
-
-def test_several_files_are_read_one_after_another(write):
-    prompts = load([write(ROWS[:1], "a.jsonl"), write(ROWS[1:], "b.jsonl")])
-    assert [prompts[i].text for i in range(len(prompts))] == ["1+1=", "2+2="]
-
-
-def test_columns_are_chosen_by_name(write):
-    rows = [{"question": "q", "solution": 7, "uid": 12}]
-    prompts = load(write(rows), prompt_column="question", answer_column="solution", id_column="uid")
-    assert prompts[0] == Prompt("12", text="q", answer=7, extra={})
-
-
-def test_a_data_set_without_answers_is_fine_if_told_so(write):
-    prompts = load(write([{"prompt": "q"}]), answer_column=None)
-    assert prompts[0] == Prompt("00000000", text="q", answer=None)
-
-
-def test_the_instruction_is_appended_to_the_text(write):
-    assert load(write(), instruction=" Think.")[0].text == "1+1= Think."
-
-
-def test_text_can_be_wrapped_as_a_user_message(write):
-    prompt = load(write(), as_chat=True, instruction="!")[0]
-    assert prompt.text is None
-    assert prompt.messages == ({"role": "user", "content": "1+1=!"},)
-
-
-def test_chat_messages_stay_messages(write):
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    prompt = load(write([{"prompt": messages, "answer": "a"}]), as_chat=True, instruction="!")[0]
-    assert prompt.text is None
-    assert prompt.messages == tuple(messages)
-
-
-@pytest.mark.parametrize(
-    ("setting", "column"),
-    [("prompt_column", "question"), ("answer_column", "solution"), ("id_column", "uid")],
-)
-def test_a_missing_column_is_an_error_that_names_key_and_columns(write, setting, column):
-    with pytest.raises(ConfigurationError) as caught:
-        load(write(), **{setting: column})
-    assert f"prompts.init_args.{setting}={column!r}" in str(caught.value)
-    assert "prompt, answer, name, level" in str(caught.value)
-
-
-def test_a_missing_file_is_an_error_that_names_it(tmp_path, write):
-    with pytest.raises(ConfigurationError, match=r"prompts.init_args.path='json'") as caught:
-        load(str(tmp_path / "nowhere.jsonl"))
-    assert "nowhere.jsonl" in str(caught.value)
-
-
-def test_a_missing_split_is_an_error_that_names_it(write):
-    with pytest.raises(ConfigurationError, match=r"prompts.init_args.path='json' \(split 'tset'\)"):
-        load(write(), split="tset")
-
-
-def test_a_file_that_is_no_json_is_a_configuration_error(tmp_path, write):
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text('{"prompt": "1+1=", \nnonsense')
-    with pytest.raises(ConfigurationError, match=r"prompts.init_args.path='json'"):
-        load(str(broken))
