@@ -14,6 +14,7 @@ from torch import Tensor
 from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.trajectory import Segment, Trajectory
 from copris_lightning.datamodules.rollout import RolloutDataModule
+from copris_lightning.datamodules.steps import WholeSteps
 from copris_lightning.errors import ConfigurationError, ParityError
 from copris_lightning.module import CoprisModule
 from copris_lightning.parallel import check_strategy, score
@@ -52,6 +53,9 @@ class WeightSync(L.Callback):
         self.worst_parity = 0.0
         self._trained_since = False
         self._is_synced = False
+        self._synced_step = 0
+        self._restored_step = 0
+        self._steps = WholeSteps()
 
     def should_sync(self, trainer: L.Trainer, batch: MicroBatch) -> bool:
         """Whether to sync after this micro-batch: after a batch's last. Override to change it."""
@@ -127,14 +131,40 @@ class WeightSync(L.Callback):
         if parity is not None:
             pl_module.log("sync/parity_max_abs", parity, rank_zero_only=True)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: MicroBatch, batch_idx: int
+    ) -> None:
+        """Refuse a step on a part of what it is weighted for."""
+        self._steps.begin(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        """From here on until the step is done, no checkpoint can be used."""
+        self._steps.update()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Gradients are not saved: a checkpoint is one of whole optimizer steps."""
+        self._steps.save(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let Lightning count as this run divides its batches."""
+        self._steps.load(trainer, checkpoint)
+        self._restored_step = checkpoint["global_step"]
+
     def state_dict(self) -> dict[str, Any]:
-        """The version, and whether optimizer steps were taken since."""
-        return {"version": self.version, "trained_since": self._trained_since}
+        """The version, and after which optimizer step it was synced."""
+        return {"version": self.version, "synced_step": self._synced_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting versions where the checkpoint stopped."""
         self.version = state_dict["version"]
-        self._trained_since = state_dict["trained_since"]
+        self._synced_step = state_dict["synced_step"]
+        self._trained_since = self._restored_step > self._synced_step
 
     # -- the sync itself -------------------------------------------------------------------
 
@@ -157,6 +187,7 @@ class WeightSync(L.Callback):
 
         data.update_weights(weights, version)
         self.version = version
+        self._synced_step = trainer.global_step
         self._trained_since, self._is_synced = False, True
         if self.parity_tolerance is None:
             return None

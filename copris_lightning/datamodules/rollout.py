@@ -209,7 +209,8 @@ class RolloutDataModule(L.LightningDataModule):
         if stage == "fit":
             shape.check(self.settings.batch_groups, self.settings.group_size)
             check_estimator(self.trainer, self.settings)
-            check_epochs(self.trainer, shape)
+            epoch = shape.epoch(len(self._streams["prompts"]), self.settings.batch_groups)
+            check_epochs(self.trainer, shape, epoch)
         check_sync(self.trainer)
         spec = EngineSpec(
             model=self.model,
