@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
 from itertools import islice
 from typing import Any, Literal, TypeVar, cast
@@ -14,12 +15,15 @@ from transformers import PreTrainedTokenizerBase
 from copris_lightning.core.advantage import grpo
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.datamodules.checkpoint_file import check_resumed, hold_back_savers
 from copris_lightning.datamodules.checks import check_epochs, check_estimator, check_sync
 from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
 from copris_lightning.datamodules.protocols import RolloutListener
+from copris_lightning.datamodules.resume import Continuity
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.training import TrainingStream
@@ -183,6 +187,8 @@ class RolloutDataModule(L.LightningDataModule):
         self.training: TrainingStream | None = None
         """The training stream, in ``fit``."""
         self._streams: dict[str, PromptStream] = {}
+        self._identity: DataIdentity | None = None
+        self._held_back: list[L.Callback] = []
         self._stop_ids: tuple[int, ...] = ()
         self.exchange: Exchange | None = None
         """Between ranks, from ``setup`` on."""
@@ -195,6 +201,8 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be known wrong, then boot the engine on rank 0."""
         assert self.trainer is not None
+        if stage == "fit":
+            self._held_back += hold_back_savers(self.trainer)
         config = load_config(self.model)
         self.settings.check_context(context_length(config))
         tokenizer = load_tokenizer(self.model)
@@ -224,24 +232,36 @@ class RolloutDataModule(L.LightningDataModule):
         self.engine.validate(spec)
         self._probe_tokens = spec.max_model_len - 1
         self.exchange = self.exchange or Exchange()
+        run = self._continuity(shape) if stage == "fit" else None
         with self.exchange.leading():
+            if self.trainer.is_global_zero:
+                check_resumed(self.trainer, self, run)
             if self.trainer.is_global_zero and self.session is None:
                 self.session = RolloutSession(
                     self.engine, spec, self.scorer, tokenizer, self._while_waiting
                 )
         self.training = None
-        if stage == "fit":
+        if run is not None:
+            run.warn()
             self.training = TrainingStream(
                 self.trainer,
                 self.session,
-                self._streams["prompts"],
-                self.settings,
-                shape,
-                self._stop_ids,
+                run,
                 advantage=self.advantage,
                 exchange=self.exchange,
                 observer=self._observe,
             )
+
+    def _continuity(self, shape: BatchShape) -> Continuity:
+        assert self._identity is not None
+        return Continuity(
+            settings=self.settings,
+            shape=shape,
+            stop_token_ids=self._stop_ids,
+            reward=self.scorer.name,
+            prompts=self._streams["prompts"],
+            identity=self._identity,
+        )
 
     def teardown(self, stage: str) -> None:
         """Close the engine."""
@@ -286,8 +306,11 @@ class RolloutDataModule(L.LightningDataModule):
                 indices=indices,
                 key=f"{KEY}.{name}",
             )
-            for _ in stream:  # raises where a prompt cannot be used
-                pass
+            # Both raise where a prompt cannot be used.
+            if training:
+                self._identity = DataIdentity.of(stream)
+            else:
+                deque(stream, maxlen=0)
             self._streams[name] = stream
 
     def update_weights(self, weights: Weights, version: int) -> None:
@@ -358,6 +381,9 @@ class RolloutDataModule(L.LightningDataModule):
     def train_dataloader(self) -> SizedStream:
         """Micro-batches; asking for the first of a batch rolls it out."""
         assert self.training is not None
+        # All is restored: from here on there is something to save when the run fails.
+        self.trainer.callbacks.extend(self._held_back)  # type: ignore[union-attr, attr-defined]
+        self._held_back = []
         return SizedStream(len(self.training), self.training.__iter__)
 
     def val_dataloader(self) -> SizedStream | list[Any]:

@@ -12,7 +12,7 @@ import lightning as L
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import PromptGroup
-from copris_lightning.datamodules.batches import BatchShape, divide
+from copris_lightning.datamodules.batches import divide
 from copris_lightning.datamodules.behavior import score_behavior, score_proximal
 from copris_lightning.datamodules.credit import (
     Advantage,
@@ -21,9 +21,9 @@ from copris_lightning.datamodules.credit import (
     set_advantages,
 )
 from copris_lightning.datamodules.exchange import Exchange
-from copris_lightning.datamodules.prompts import PromptStream
+from copris_lightning.datamodules.resume import Continuity
 from copris_lightning.datamodules.session import RolloutSession
-from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.datamodules.settings import KEY
 from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.engine import Resting
@@ -58,10 +58,7 @@ class TrainingStream:
     Args:
         trainer: its module recomputes log-probs; its accumulation shapes the batches.
         session: the engine, on rank 0; ``None`` elsewhere.
-        prompts: the training prompts.
-        settings: the rollout's numbers.
-        shape: how batches are divided.
-        stop_token_ids: tokens that end a response.
+        run: what identifies the rollout: prompts, settings, shape of batches.
         advantage: rewards to advantages.
         exchange: between ranks.
         observer: called with every scheduler event, on the rollout thread.
@@ -71,10 +68,7 @@ class TrainingStream:
         self,
         trainer: L.Trainer,
         session: RolloutSession | None,
-        prompts: PromptStream,
-        settings: RolloutSettings,
-        shape: BatchShape,
-        stop_token_ids: tuple[int, ...],
+        run: Continuity,
         *,
         advantage: Advantage,
         exchange: Exchange,
@@ -84,9 +78,10 @@ class TrainingStream:
         self.batch_index = -1
         self._trainer = trainer
         self._session = session
-        self._prompts = prompts
-        self._settings = settings
-        self._shape = shape
+        self._run = run
+        self._prompts = run.prompts
+        self._settings = settings = run.settings
+        self._shape = run.shape
         self._advantage = advantage
         self._exchange = exchange
         self._observer = observer
@@ -106,15 +101,8 @@ class TrainingStream:
         self.scheduler: RolloutScheduler | None = None
         if session is not None:
             self.scheduler = session.new_scheduler(
-                CarryOverBuffer(
-                    cap=settings.cap,
-                    group_size=settings.group_size,
-                    batch_groups=settings.batch_groups,
-                    max_new_tokens=settings.max_new_tokens,
-                    stop_token_ids=stop_token_ids,
-                    max_staleness=settings.max_staleness,
-                ),
-                prompts,
+                run.new_buffer(),
+                run.prompts,
                 temperature=settings.temperature,
                 seed=settings.seed,
                 name="train",
@@ -306,7 +294,7 @@ class TrainingStream:
     @property
     def parts(self) -> list[int]:
         """How a batch is divided: ranks, updates, micro-batches."""
-        return [self._shape.world_size, self._shape.updates, self._shape.micro_batches]
+        return self._run.parts
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -318,6 +306,7 @@ class TrainingStream:
         position = self._stepped
         is_open = self._undivided or position < len(self._micro_batches)
         return {
+            **self._run.state_dict(),
             "buffer": self._session.call(_snapshot(self.scheduler.buffer)),
             "prompts": self._prompts.state_dict(),
             "batch_index": self.batch_index,
@@ -327,17 +316,11 @@ class TrainingStream:
             "first_step": self._first_step,
             "policy_version": self._policy_version,
             "metrics": self._metrics,
-            "parts": self.parts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved place; a batch that was being trained on is divided again."""
-        if state["position"] and state["parts"] != self.parts:
-            raise ConfigurationError(
-                f"the checkpoint was taken within a batch of {state['parts']} (ranks, updates, "
-                f"micro-batches); this run divides it into {self.parts}: keep trainer.devices, "
-                f"trainer.accumulate_grad_batches and {KEY}.updates_per_batch for this batch"
-            )
+        self._run.check(state)
         self.batch_index = state["batch_index"]
         self._position = state["position"]
         self._first_step = state["first_step"]
@@ -357,10 +340,7 @@ class TrainingStream:
     ) -> list[list[MicroBatch]]:
         """Each rank's micro-batches of the batch that the checkpoint was taken in; none if it was
         taken between two."""
-        try:
-            scheduler.buffer.load_state_dict(buffer)
-        except ValueError as error:
-            raise ConfigurationError(f"{KEY}: {error}") from error
+        scheduler.buffer.load_state_dict(buffer)
         if not self.delivered or self._undivided:
             return [[] for _ in range(self._shape.world_size)]
         rows = [t for group in self.delivered for t in group.trajectories]
