@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from copris_lightning.datamodules.checkpoint_file import check_file, read
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.module import CoprisModule
 
@@ -19,6 +21,14 @@ class CoprisCLI(LightningCLI):
         """The engine boots with the checkpoint that the module trains; one seed for everything."""
         parser.link_arguments("model.init_args.model", "data.init_args.model")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
+
+    def _parse_ckpt_path(self) -> None:
+        """Look at the file before Lightning loads it, which it does for hyper-parameters only."""
+        given = self.config[self.config.subcommand].get("ckpt_path")
+        if given and Path(given).is_file():
+            check_file(Path(given))
+            if (read(Path(given)) or {}).get("hyper_parameters"):
+                super()._parse_ckpt_path()
 
 
 def _seed(seed_everything: bool | int) -> int:

@@ -10,6 +10,7 @@ import inspect
 import io
 import pickle
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +18,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
-from copris_lightning.datamodules.resume import Continuity
+from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.steps import refuse_torn
 from copris_lightning.errors import ConfigurationError
 
@@ -46,7 +47,7 @@ def check_resumed(trainer: L.Trainer, data: L.LightningDataModule, run: Continui
     if path is None or "://" in str(path):
         return
     check_file(Path(path))
-    content = _content(Path(path), weights_only)
+    content = read(Path(path), weights_only)
     if content is None:
         return
     name = str(path)
@@ -109,8 +110,8 @@ def check_file(path: Path) -> None:
     if not path.exists():
         raise _refusal(name, "there is no such file")
     if path.is_file():
-        with _reading(name), path.open("rb") as file:
-            _check_archive(name, file, path.stat().st_size)
+        state = path.stat()
+        _check_once(name, state.st_size, state.st_mtime_ns)
         return
     files = sorted(file for pattern in _RECORDS for file in path.rglob(pattern))
     if not files:
@@ -120,6 +121,13 @@ def check_file(path: Path) -> None:
             if part.suffix == ".pt":
                 _check_archive(str(part), file, part.stat().st_size)
     _check_shards(path)
+
+
+@lru_cache(maxsize=4)
+def _check_once(name: str, size: int, changed: int) -> None:
+    """The command line and the run both ask, and files are large."""
+    with _reading(name), open(name, "rb") as file:
+        _check_archive(name, file, size)
 
 
 class _reading:
@@ -172,8 +180,16 @@ def _check_shards(path: Path) -> None:
             _check_archive(str(part), io.BytesIO(content), len(content))
 
 
-def _content(path: Path, weights_only: bool | None) -> dict[str, Any] | None:
-    """What a checkpoint holds, its tensors left on the disk; ``None`` if only a strategy knows."""
+def read(path: Path, weights_only: bool | None = None) -> dict[str, Any] | None:
+    """What a checkpoint holds, its tensors left on the disk; ``None`` if only a strategy knows.
+
+    Args:
+        path: is checked already.
+        weights_only: refuse all but tensors and plain values, which is the default.
+
+    Raises:
+        ConfigurationError: names the file, and what it is.
+    """
     source = path
     if path.is_dir():
         source = path / "meta.pt"
@@ -199,7 +215,9 @@ def _content(path: Path, weights_only: bool | None) -> dict[str, Any] | None:
 
 def _check_weights(name: str, saved: Any, module: Any) -> None:
     """Compare names and shapes with the model's, which is not loaded for that."""
-    if saved is None or not module.strict_loading:
+    if not saved:
+        raise _refusal(name, "it has no weights")
+    if not module.strict_loading:
         return
     expected = dict(module.expected_weights())
     ours = {n: tuple(t.shape) for n, t in saved.items() if n.startswith("policy.")}

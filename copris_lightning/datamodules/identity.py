@@ -35,35 +35,39 @@ class DataIdentity:
     Attributes:
         contents: of what rewards see of each prompt ``[N, 8]``, bytes.
         tokens: of what the engine sees ``[N, 8]``, bytes.
+        rows: of the indices at which the source has them ``[1, 8]``, bytes.
         opaque: types of values that have no canonical form and are in no digest.
     """
 
     contents: Tensor
     tokens: Tensor
+    rows: Tensor
     opaque: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, prompts: Iterable[QueuedPrompt]) -> DataIdentity:
         """Of encoded prompts; goes through them once."""
         contents, tokens = bytearray(), bytearray()
+        rows = blake2b(digest_size=_SIZE)
         opaque: set[str] = set()
         for queued in prompts:
             digest = blake2b(digest_size=_SIZE)
             fields = dataclasses.fields(queued.prompt)
             values = {field.name: getattr(queued.prompt, field.name) for field in fields}
-            _feed(digest, (queued.index, values), opaque)
+            _feed(digest, values, opaque)
+            rows.update(b"%d," % queued.index)
             contents += digest.digest()
             tokens += blake2b(repr(queued.token_ids).encode(), digest_size=_SIZE).digest()
-        return cls(_rows(contents), _rows(tokens), tuple(sorted(opaque)))
+        return cls(_table(contents), _table(tokens), _table(rows.digest()), tuple(sorted(opaque)))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """16 bytes per prompt; the inverse is :meth:`from_state`."""
-        return {"contents": self.contents, "tokens": self.tokens}
+        """About 16 bytes per prompt; the inverse is :meth:`from_state`."""
+        return {"contents": self.contents, "tokens": self.tokens, "rows": self.rows}
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> DataIdentity:
         """What :meth:`state_dict` gave."""
-        return cls(state["contents"], state["tokens"])
+        return cls(state["contents"], state["tokens"], state["rows"])
 
     def difference(self, saved: DataIdentity, prompts: Iterable[QueuedPrompt]) -> str | None:
         """The first prompt that is not what it was, in words; ``None`` if all are.
@@ -79,8 +83,10 @@ class DataIdentity:
         changed = (~(same & same_tokens)).nonzero()
         counts = f"there were {before} prompts, and there are {now}"
         if not len(changed):
-            if before == now:
+            if before == now and torch.equal(self.rows, saved.rows):
                 return None
+            if before == now:
+                return "they are the same, but stand in other rows, among others that are left out"
             if now < before:
                 return f"{counts}: those from number {now} on are gone"
             return f"{counts}: {_name(prompts, shared)} and those after it are new"
@@ -106,8 +112,8 @@ def _name(prompts: Iterable[QueuedPrompt], place: int) -> str:
     return f"prompt {queued.prompt.id!r} (row {queued.index})"
 
 
-def _rows(digests: bytearray) -> Tensor:
-    return torch.frombuffer(digests, dtype=torch.uint8).reshape(-1, _SIZE).clone()
+def _table(digests: bytes | bytearray) -> Tensor:
+    return torch.tensor(list(digests), dtype=torch.uint8).reshape(-1, _SIZE)
 
 
 def _keys(rows: Tensor) -> list[int]:

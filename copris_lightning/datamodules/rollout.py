@@ -17,13 +17,13 @@ from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.datamodules.batches import BatchShape
 from copris_lightning.datamodules.checkpoint_file import check_resumed, hold_back_savers
 from copris_lightning.datamodules.checks import check_epochs, check_estimator, check_sync
+from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
 from copris_lightning.datamodules.protocols import RolloutListener
-from copris_lightning.datamodules.resume import Continuity
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.training import TrainingStream
@@ -382,7 +382,7 @@ class RolloutDataModule(L.LightningDataModule):
         """Micro-batches; asking for the first of a batch rolls it out."""
         assert self.training is not None
         # All is restored: from here on there is something to save when the run fails.
-        self.trainer.callbacks.extend(self._held_back)  # type: ignore[union-attr, attr-defined]
+        callbacks(self.trainer).extend(self._held_back)
         self._held_back = []
         return SizedStream(len(self.training), self.training.__iter__)
 

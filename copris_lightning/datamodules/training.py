@@ -14,6 +14,7 @@ from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.datamodules.batches import divide
 from copris_lightning.datamodules.behavior import score_behavior, score_proximal
+from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import (
     Advantage,
     mean_reward,
@@ -21,7 +22,6 @@ from copris_lightning.datamodules.credit import (
     set_advantages,
 )
 from copris_lightning.datamodules.exchange import Exchange
-from copris_lightning.datamodules.resume import Continuity
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY
 from copris_lightning.datamodules.steps import epoch_micro_batches

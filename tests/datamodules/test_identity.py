@@ -63,6 +63,14 @@ def test_other_tokens_of_the_same_text_are_told_apart() -> None:
     assert "'c' (row 2) has other tokens: another tokenizer, chat template" in found
 
 
+def test_rows_that_are_left_out_count_too() -> None:
+    before = queue(*BEFORE)
+    now = [dataclasses.replace(queued, index=queued.index + 1) for queued in before]
+    found = DataIdentity.of(now).difference(DataIdentity.of(before), now)
+    assert found is not None
+    assert "stand in other rows" in found
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -135,4 +143,4 @@ def test_a_state_survives_the_safe_loader() -> None:
     file.seek(0)
     loaded = DataIdentity.from_state(torch.load(file, weights_only=True))
     assert identity.difference(loaded, queue(*BEFORE)) is None
-    assert sum(t.nbytes for t in identity.state_dict().values()) == 16 * len(BEFORE)
+    assert sum(t.nbytes for t in identity.state_dict().values()) == 16 * len(BEFORE) + 8
