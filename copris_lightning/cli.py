@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
+from copris_lightning.datamodules.checkpoint_file import check_file, read
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.module import CoprisModule
 from copris_lightning.parsing import (
@@ -36,6 +38,14 @@ class CoprisCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError) as error:
             raise ConfigurationError(f"trainer: {' '.join(str(error).split())}") from error
+
+    def _parse_ckpt_path(self) -> None:
+        """Look at the file before Lightning loads it, which it does for hyper-parameters only."""
+        given = self.config[self.config.subcommand].get("ckpt_path")
+        if given and Path(given).is_file():
+            check_file(Path(given))
+            if (read(Path(given)) or {}).get("hyper_parameters"):
+                super()._parse_ckpt_path()
 
 
 def _seed(seed_everything: bool | int) -> int:

@@ -31,6 +31,7 @@ from copris_lightning.lora import AdapterShape, LoRA, without_adapters
 from copris_lightning.parallel import full_weights, shard
 from copris_lightning.policy import Policy
 from copris_lightning.pretrained import embedding_rows, empty_model, load_config, load_model
+from copris_lightning.running import OpenBatch
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -142,8 +143,12 @@ class CoprisModule(L.LightningModule):
         self.policy: Policy | None = None
         # In a list, so that its weights are neither trained nor saved nor synced.
         self._reference: list[Policy] = []
-        self._quarantined = 0
         self.train_loss = MeanMetric()
+        self._open_batch = OpenBatch(self.train_loss)
+
+    def setup(self, stage: str) -> None:
+        """Forget a batch that an earlier command left unfinished."""
+        self._open_batch.reset()
 
     def configure_model(self) -> None:
         """Load the policy; Lightning calls this in every process, before training."""
@@ -186,7 +191,6 @@ class CoprisModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Load the reference policy, if there is a penalty, where the policy is."""
-        self._quarantined = 0
         kl = self.estimator.kl
         if kl is not None and not self._reference and not self._holds_reference:
             reference = self._load(kl.reference or self.model, is_trained=False)
@@ -268,24 +272,33 @@ class CoprisModule(L.LightningModule):
         shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
         self.train_loss.update(loss.detach() * shares)
         if batch.is_last:
-            self._quarantined = 0
+            self._open_batch.quarantined = 0
             self.log("train/loss", self.train_loss.compute())
             self.train_loss.reset()
             for name, value in batch.metrics.items():
                 self.log(name, value, rank_zero_only=True)
+        self._open_batch.keep(self.trainer, batch_idx, is_last=batch.is_last)
         estimate.loss = estimate.loss.detach()
         if self.trainer.strategy.handles_gradient_accumulation:
             # DeepSpeed averages over micro-batches once more.
             loss = loss * self.trainer.accumulate_grad_batches
         return {"loss": loss * shares, "estimate": estimate, "quarantined": quarantined}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The open batch's figures, at the last whole optimizer step."""
+        self._open_batch.save(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on adding up the open batch's figures."""
+        self._open_batch.load(self.trainer, checkpoint)
+
     def _quarantine(self, batch: MicroBatch, names: list[str], count: int) -> None:
         """Count trajectories of all ranks; ``names`` are this rank's."""
-        self._quarantined += count
-        if self._quarantined > batch.quarantine_limit:
+        self._open_batch.quarantined += count
+        if self._open_batch.quarantined > batch.quarantine_limit:
             raise QuarantineError(
-                f"the policy's log-probs are not finite for {self._quarantined} trajectories of "
-                f"a batch, {', '.join(names) or 'on another rank'} among them; "
+                f"the policy's log-probs are not finite for {self._open_batch.quarantined} "
+                f"trajectories of a batch, {', '.join(names) or 'on another rank'} among them; "
                 f"data.init_args.max_quarantined allows {batch.quarantine_limit}. "
                 f"{self._broken_weights}"
             )
@@ -318,6 +331,13 @@ class CoprisModule(L.LightningModule):
             root.clip_grad_norm_(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def expected_weights(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the policy's weights in a checkpoint; the model is not loaded."""
+        model = empty_model(self.model)
+        if self.lora is not None:
+            self.lora.insert(model)
+        return ((f"policy.model.{n}", tuple(t.shape)) for n, t in model.state_dict().items())
 
     @property
     def adapter(self) -> AdapterShape | None:

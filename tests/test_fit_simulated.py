@@ -321,13 +321,24 @@ def test_trainer_logprobs_need_a_sync_after_every_batch(
         assert log == ["sync 0", "collect", "train"]
 
 
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"limit_train_batches": 3},
+        {"limit_train_batches": 3, "max_epochs": 1},
+        {"limit_train_batches": 0.26},
+        {"overfit_batches": 2},
+    ],
+    ids=str,
+)
 def test_an_epoch_that_ends_within_a_batch_is_refused(
-    tiny_checkpoint: Path, tmp_path: Path
+    tiny_checkpoint: Path, tmp_path: Path, limit: dict[str, Any]
 ) -> None:
     trainer, module, data, log = build(
-        tiny_checkpoint, tmp_path, limit_train_batches=3, accumulate_grad_batches=2
+        tiny_checkpoint, tmp_path, **limit, accumulate_grad_batches=2
     )
-    with pytest.raises(ConfigurationError, match=r"limit_train_batches=3 .* a multiple of 2"):
+    (name, value), *_ = limit.items()
+    with pytest.raises(ConfigurationError, match=rf"trainer\.{name}={value}"):
         trainer.fit(module, datamodule=data)
     assert log == []
 

@@ -69,7 +69,9 @@ def test_logprobs_equal_a_row_by_row_reference_and_ignore_padding(module: Copris
 
 def trainer(world: int = 1, steps: int = 1) -> Any:
     strategy = SingleDeviceStrategy("cpu")
-    return SimpleNamespace(strategy=strategy, accumulate_grad_batches=steps, world_size=world)
+    return SimpleNamespace(
+        strategy=strategy, accumulate_grad_batches=steps, world_size=world, global_step=0
+    )
 
 
 def gradients(module: CoprisModule, batches: list[Any], world: int, steps: int) -> torch.Tensor:
@@ -152,7 +154,7 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
         head.weight = torch.nn.Parameter(original.clone())
         module.policy.model.set_output_embeddings(head)
         # All of the micro-batch is left out: a gradient of zero, for every parameter.
-        module._quarantined = 0
+        module._open_batch.reset()
         alone = collate(rows[2:3], source="engine", totals=totals, quarantine_limit=1)
         with pytest.warns(UserWarning, match=re.escape(rows[2].name)):
             output, ours = gradient(alone)
@@ -164,7 +166,7 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
         with pytest.raises(QuarantineError, match="max_quarantined allows 1"):
             module.training_step(alone, 0)
         # The others of a micro-batch are trained on.
-        module._quarantined = 0
+        module._open_batch.reset()
         with pytest.warns(UserWarning, match=re.escape(rows[2].name)):
             output, ours = gradient(broken)
         assert output["quarantined"] == [rows[2].name]
@@ -175,7 +177,7 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
         with torch.no_grad():
             embedding.copy_(original)
         module.policy.model.set_output_embeddings(tied_head)
-        module._quarantined = 0
+        module._open_batch.reset()
     _, restored = gradient(collate(clean, source="engine", totals=totals))
     assert torch.equal(restored, expected)
 

@@ -36,11 +36,14 @@ class TrajectoryLedger(L.Callback):
         self._root = Path()
         self._is_dry = False
         self._quarantined: set[str] = set()
+        self._at_step: list[str] = []
+        """Those of the open batch, on all ranks, at its last whole optimizer step."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out where the run logs (on every rank: Lightning asks rank 0)."""
         self._root = Path(self.directory or trainer.log_dir or trainer.default_root_dir)
         self._is_dry = is_dry_run(trainer)
+        self._quarantined, self._at_step = set(), []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse to mix a new run's batches with an older run's."""
@@ -64,9 +67,12 @@ class TrajectoryLedger(L.Callback):
         data = datamodule(trainer)
         self._quarantined.update(outputs["quarantined"])
         if not batch.is_last:
+            if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+                shares = data.training.gather(sorted(self._quarantined))
+                self._at_step = sorted({name for share in shares for name in share})
             return
         shares = data.training.gather(sorted(self._quarantined))
-        self._quarantined.clear()
+        self._quarantined, self._at_step = set(), []
         if data.session is None or self._is_dry:
             return
         names = {name for share in shares for name in share}
@@ -81,6 +87,15 @@ class TrajectoryLedger(L.Callback):
             for trajectory in group.trajectories
         )
         _write(self._root / "ledger" / f"batch_{index:06d}.jsonl", records)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is known of the open batch."""
+        return {"quarantined": self._at_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the open batch."""
+        self._at_step = list(state_dict["quarantined"])
+        self._quarantined = set(self._at_step)
 
     def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write all responses down."""

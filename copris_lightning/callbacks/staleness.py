@@ -15,6 +15,7 @@ from copris_lightning.core.corrections import effective_sample_share
 from copris_lightning.core.estimator import Estimate
 from copris_lightning.core.ratios import clamp_log_ratio
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.running import restore, saved
 
 
 class LagStatistics(Metric):
@@ -57,7 +58,8 @@ class LagStatistics(Metric):
         self.add_state("largest", torch.tensor(0), dist_reduce_fx="max")
         for name in ("lag_sum", "trajectories", "mixed"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
-        self._known: set[str] = set()
+        self.known: set[str] = set()
+        """Names of the quantities that were given so far."""
 
     def update(self, estimate: Estimate) -> None:
         """Add a micro-batch."""
@@ -74,7 +76,7 @@ class LagStatistics(Metric):
             "policy/entropy": estimate.entropy,
         }
         chosen = {n: v[mask].double() for n, v in quantities.items() if v is not None}
-        self._known |= set(chosen)
+        self.known |= set(chosen)
         if not mask.any():
             return
         bins = lags[mask].clamp(max=self.sums.shape[1] - 1)
@@ -116,14 +118,14 @@ class LagStatistics(Metric):
         count, *sums = self.sums[:, lags].sum(dim=1).tolist()
         figures: dict[str, float] = {}
         for row, name in enumerate(self.RATIOS):
-            if name in self._known:
+            if name in self.known:
                 total, squares = sums[2 * row : 2 * row + 2]
                 figures[f"{name}/ratio_mean"] = total / count
                 figures[f"{name}/ratio_min"] = float(self.lows[row, lags].min())
                 figures[f"{name}/ratio_max"] = float(self.highs[row, lags].max())
                 figures[f"{name}/ess"] = effective_sample_share(total, squares, count)
         for name, total in zip(self.MEANS, sums[2 * len(self.RATIOS) :], strict=True):
-            if name in self._known:
+            if name in self.known:
                 figures[name] = total / count
         clipped = ("is/clip_fraction_low", "is/clip_fraction_high")
         figures["is/clip_fraction"] = sum(figures[name] for name in clipped)
@@ -177,10 +179,34 @@ class StalenessMonitor(L.Callback):
             raise ConfigurationError(f"StalenessMonitor.max_lag={max_lag} must be at least 0")
         self.statistics = LagStatistics(max_lag)
         self.corrections: dict[str, CorrectionStatistics] = {}
+        self._at_step: dict[str, Any] = {}
+        """Of the open batch, at its last whole optimizer step."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget a batch that an earlier command left unfinished."""
+        self._at_step, self.corrections = {}, {}
+        self.statistics.reset()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count where the batches are."""
+        """Count where the batches are, from where a checkpoint stopped."""
         self.statistics.to(pl_module.device)
+        if not self._at_step:
+            return
+        self.statistics.known |= set(self._at_step["known"])
+        for name in self._at_step["corrections"]:
+            self.corrections[name] = CorrectionStatistics().to(pl_module.device)
+        if trainer.is_global_zero:
+            restore(self.statistics, self._at_step["lags"])
+            for name, states in self._at_step["corrections"].items():
+                restore(self.corrections[name], states)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the open batch's figures add up to."""
+        return dict(self._at_step)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on adding up."""
+        self._at_step = state_dict
 
     def on_train_batch_end(
         self,
@@ -198,7 +224,14 @@ class StalenessMonitor(L.Callback):
                 self.corrections[name] = CorrectionStatistics().to(pl_module.device)
             self.corrections[name].update(weights, estimate.mask)
         if not batch.is_last:
+            if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+                self._at_step = {
+                    "known": sorted(self.statistics.known),
+                    "lags": saved(self.statistics),
+                    "corrections": {n: saved(metric) for n, metric in self.corrections.items()},
+                }
             return
+        self._at_step = {}
         figures = self.statistics.compute()
         for name, statistics in self.corrections.items():
             for quantity, value in statistics.compute().items():

@@ -19,6 +19,7 @@ from copris_lightning.callbacks.parity import (
 )
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.datamodules.rollout import RolloutDataModule
+from copris_lightning.datamodules.steps import WholeSteps
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.module import CoprisModule
 from copris_lightning.parallel import check_strategy
@@ -60,6 +61,9 @@ class WeightSync(L.Callback):
         self.version = 0
         self._trained_since = False
         self._is_synced = False
+        self._synced_step = 0
+        self._restored_step = 0
+        self._steps = WholeSteps()
 
     @property
     def worst_parity(self) -> float:
@@ -143,19 +147,45 @@ class WeightSync(L.Callback):
             pl_module.log("sync/parity_max_abs", parity.largest, rank_zero_only=True)
             pl_module.log("sync/parity_mean_abs", parity.mean, rank_zero_only=True)
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: MicroBatch, batch_idx: int
+    ) -> None:
+        """Refuse a step on a part of what it is weighted for."""
+        self._steps.begin(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+    ) -> None:
+        """From here on until the step is done, no checkpoint can be used."""
+        self._steps.update()
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Gradients are not saved: a checkpoint is one of whole optimizer steps."""
+        self._steps.save(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let Lightning count as this run divides its batches."""
+        self._steps.load(trainer, checkpoint)
+        self._restored_step = checkpoint["global_step"]
+
     def state_dict(self) -> dict[str, Any]:
-        """The version, whether optimizer steps were taken since, and the floor of the probe."""
+        """The version, after which optimizer step it was synced, and the floor of the probe."""
         floor = self.parity.floor
         return {
             "version": self.version,
-            "trained_since": self._trained_since,
+            "synced_step": self._synced_step,
             "parity_floor": None if floor is None else [floor.largest, floor.mean],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting versions where the checkpoint stopped."""
         self.version = state_dict["version"]
-        self._trained_since = state_dict["trained_since"]
+        self._synced_step = state_dict["synced_step"]
+        self._trained_since = self._restored_step > self._synced_step
         floor = state_dict.get("parity_floor")
         self.parity.floor = None if floor is None else Difference(*floor)
 
@@ -183,6 +213,7 @@ class WeightSync(L.Callback):
         self.parity.before_sync(trainer, data)
         data.update_weights(weights, version)
         self.version = version
+        self._synced_step = trainer.global_step
         self._trained_since, self._is_synced = False, True
         return self.parity.after_sync(trainer, data, weights, version)
 

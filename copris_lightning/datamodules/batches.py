@@ -28,6 +28,20 @@ class BatchShape:
     micro_batches: int
     hidden_size: int
 
+    @property
+    def per_batch(self) -> int:
+        """Micro-batches of a batch, per rank."""
+        return self.updates * self.micro_batches
+
+    def epoch(self, prompts: int, groups: int) -> int:
+        """Micro-batches of an epoch: every prompt once, as far as full batches go.
+
+        Args:
+            prompts: how many there are.
+            groups: prompts per batch.
+        """
+        return max(1, prompts // groups) * self.per_batch
+
     def check(self, groups: int, group_size: int) -> None:
         """Refuse a shape that would leave a micro-batch empty.
 
@@ -36,8 +50,12 @@ class BatchShape:
             group_size: trajectories of each.
 
         Raises:
-            ConfigurationError: too few trajectories in an update.
+            ConfigurationError: too few trajectories in an update, or no micro-batch.
         """
+        if self.micro_batches < 1:
+            raise ConfigurationError(
+                f"trainer.accumulate_grad_batches={self.micro_batches} must be at least 1"
+            )
         trajectories = (groups // self.updates) * group_size
         parts = self.world_size * self.micro_batches
         if trajectories < parts:

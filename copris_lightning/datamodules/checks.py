@@ -18,6 +18,7 @@ from torch import nn
 from copris_lightning.datamodules.batches import BatchShape
 from copris_lightning.datamodules.protocols import WeightSyncer
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.trainer_parts import callbacks, is_dry_run, log_every_n_steps
 
@@ -110,20 +111,38 @@ def check_optimizer(trainer: L.Trainer) -> None:
             raise ConfigurationError(f"model.init_args.lr_scheduler: {error}") from error
 
 
-def check_epochs(trainer: L.Trainer, shape: BatchShape) -> None:
-    """Refuse epochs that end within a batch: Lightning steps there, on a part of it."""
+def check_epochs(trainer: L.Trainer, shape: BatchShape, length: int) -> None:
+    """Refuse epochs that end within a batch: Lightning steps there, on a part of it.
+
+    A ``fast_dev_run`` of N is made one of N whole batches.
+
+    Args:
+        trainer: limits epochs.
+        shape: how batches are divided.
+        length: micro-batches of an epoch without limits.
+    """
     if any(isinstance(c, GradientAccumulationScheduler) for c in callbacks(trainer)):
         raise ConfigurationError(
             "trainer.callbacks has a GradientAccumulationScheduler: batches are divided once, "
             "by trainer.accumulate_grad_batches"
         )
-    limit = trainer.limit_train_batches
-    per_batch = shape.updates * shape.micro_batches
-    if is_dry_run(trainer) or trainer.max_epochs == 1 or not isinstance(limit, int):
-        return
-    if limit % per_batch:
+    overfit = getattr(trainer, "overfit_batches", 0)
+    if overfit:
         raise ConfigurationError(
-            f"trainer.limit_train_batches={limit} ends an epoch within a batch of {per_batch} "
-            f"micro-batches (trainer.accumulate_grad_batches={shape.micro_batches} x "
-            f"{KEY}.updates_per_batch={shape.updates}); give a multiple of {per_batch}"
+            f"trainer.overfit_batches={overfit}: prompts come from a stream, and no "
+            f"batch is trained on again; to overfit, give {KEY}.prompts with few of them"
+        )
+    if is_dry_run(trainer):
+        batches = int(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        trainer.limit_train_batches = batches * shape.per_batch
+        trainer.fit_loop.epoch_loop.max_steps = batches * shape.updates
+    limit = trainer.limit_train_batches
+    planned = epoch_micro_batches(trainer, length)
+    if planned % shape.per_batch or (limit and not planned):
+        raise ConfigurationError(
+            f"trainer.limit_train_batches={limit} of {length} ends an epoch within a batch, at "
+            f"micro-batch {planned}. A batch has {shape.per_batch} micro-batches "
+            f"(trainer.accumulate_grad_batches={shape.micro_batches} x "
+            f"{KEY}.updates_per_batch={shape.updates}); give a multiple of {shape.per_batch}, "
+            f"such as {max(1, planned // shape.per_batch) * shape.per_batch}"
         )

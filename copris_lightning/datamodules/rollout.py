@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from copris_lightning.core.advantage import grpo
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.datamodules.checkpoint_file import check_resumed, hold_back_savers
 from copris_lightning.datamodules.checks import (
     check_epochs,
     check_estimator,
@@ -21,10 +22,12 @@ from copris_lightning.datamodules.checks import (
     check_optimizer,
     check_sync,
 )
+from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.decoding import ResponseDecoder
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.inspection import usable_prompts
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
 from copris_lightning.datamodules.protocols import RolloutListener
@@ -72,6 +75,13 @@ class SizedStream:
 
     def __iter__(self) -> Iterator[Any]:
         return self._iterate()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module saves where it is. Without it Lightning warns at each resume."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do."""
 
 
 class RolloutDataModule(L.LightningDataModule):
@@ -207,6 +217,8 @@ class RolloutDataModule(L.LightningDataModule):
         self.training: TrainingStream | None = None
         """The training stream, in ``fit``."""
         self._streams: dict[str, PromptStream] = {}
+        self._identity: DataIdentity | None = None
+        self._held_back: list[L.Callback] = []
         self._stop_ids: tuple[int, ...] = ()
         self.exchange: Exchange | None = None
         """Between ranks, from ``setup`` on."""
@@ -219,6 +231,8 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be known wrong, then boot the engine on rank 0."""
         assert self.trainer is not None
+        if stage == "fit":
+            self._held_back += hold_back_savers(self.trainer)
         trusted = self.trust_remote_code
         config = load_config(self.model, trust_remote_code=trusted)
         self.settings.check_context(context_length(config))
@@ -240,7 +254,8 @@ class RolloutDataModule(L.LightningDataModule):
             check_optimizer(self.trainer)
             shape.check(self.settings.batch_groups, self.settings.group_size)
             check_estimator(self.trainer, self.settings)
-            check_epochs(self.trainer, shape)
+            epoch = shape.epoch(len(self._streams["prompts"]), self.settings.batch_groups)
+            check_epochs(self.trainer, shape, epoch)
         check_sync(self.trainer)
         spec = EngineSpec(
             model=self.model,
@@ -255,7 +270,10 @@ class RolloutDataModule(L.LightningDataModule):
         self.engine.validate(spec)
         self._probe_tokens = spec.max_model_len - 1
         self.exchange = self.exchange or Exchange()
+        run = self._continuity(shape) if stage == "fit" else None
         with self.exchange.leading():
+            if self.trainer.is_global_zero:
+                check_resumed(self.trainer, self, run)
             if self.trainer.is_global_zero and self.session is None:
                 decode = ResponseDecoder(
                     tokenizer, ends, special_tokens=self.template.special_tokens
@@ -265,18 +283,28 @@ class RolloutDataModule(L.LightningDataModule):
                     self.engine, spec, self.scorer, decode, stop, self._while_waiting
                 )
         self.training = None
-        if stage == "fit":
+        if run is not None:
+            run.warn()
             self.training = TrainingStream(
                 self.trainer,
                 self.session,
-                self._streams["prompts"],
-                self.settings,
-                shape,
-                self._stop_ids,
+                run,
                 advantage=self.advantage,
                 exchange=self.exchange,
                 observer=self._observe,
             )
+
+    def _continuity(self, shape: BatchShape) -> Continuity:
+        assert self._identity is not None
+        return Continuity(
+            settings=self.settings,
+            shape=shape,
+            stop_token_ids=self._stop_ids,
+            reward=self.scorer.name,
+            special_tokens=self.template.special_tokens,
+            prompts=self._streams["prompts"],
+            identity=self._identity,
+        )
 
     def teardown(self, stage: str) -> None:
         """Close the engine."""
@@ -312,7 +340,7 @@ class RolloutDataModule(L.LightningDataModule):
                 tokenizer, max_prompt_tokens=limit, key=f"{KEY}.{name}", template=self.template
             )
             training = name == "prompts"
-            self._streams[name] = PromptStream(
+            stream = PromptStream(
                 source,
                 encode,
                 seed=self.settings.seed if training else None,
@@ -320,6 +348,9 @@ class RolloutDataModule(L.LightningDataModule):
                 indices=usable_prompts(source, encode, skip_long=self.skip_long_prompts),
                 key=f"{KEY}.{name}",
             )
+            if training:
+                self._identity = DataIdentity.of(stream)
+            self._streams[name] = stream
 
     def update_weights(self, weights: Weights, version: int) -> None:
         """Give the engine new weights; tokens generated from now on bear ``version``.
@@ -389,6 +420,9 @@ class RolloutDataModule(L.LightningDataModule):
     def train_dataloader(self) -> SizedStream:
         """Micro-batches; asking for the first of a batch rolls it out."""
         assert self.training is not None
+        # All is restored: from here on there is something to save when the run fails.
+        callbacks(self.trainer).extend(self._held_back)
+        self._held_back = []
         return SizedStream(len(self.training), self.training.__iter__)
 
     def val_dataloader(self) -> SizedStream | list[Any]:

@@ -14,6 +14,7 @@ from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.datamodules.batches import BatchShape, divide
 from copris_lightning.datamodules.behavior import score_behavior, score_proximal
+from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import (
     Advantage,
     mean_reward,
@@ -21,9 +22,9 @@ from copris_lightning.datamodules.credit import (
     set_advantages,
 )
 from copris_lightning.datamodules.exchange import Exchange
-from copris_lightning.datamodules.prompts import PromptStream
 from copris_lightning.datamodules.session import RolloutSession
-from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.datamodules.settings import KEY
+from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.engine import Decoding, Resting
 from copris_lightning.rollout.filters import ZeroVarianceFilter
@@ -57,10 +58,7 @@ class TrainingStream:
     Args:
         trainer: its module recomputes log-probs; its accumulation shapes the batches.
         session: the engine, on rank 0; ``None`` elsewhere.
-        prompts: the training prompts.
-        settings: the rollout's numbers.
-        shape: how batches are divided.
-        stop_token_ids: tokens that end a response.
+        run: what identifies the rollout: prompts, settings, shape of batches.
         advantage: rewards to advantages.
         exchange: between ranks.
         observer: called with every scheduler event, on the rollout thread.
@@ -70,10 +68,7 @@ class TrainingStream:
         self,
         trainer: L.Trainer,
         session: RolloutSession | None,
-        prompts: PromptStream,
-        settings: RolloutSettings,
-        shape: BatchShape,
-        stop_token_ids: tuple[int, ...],
+        run: Continuity,
         *,
         advantage: Advantage,
         exchange: Exchange,
@@ -83,14 +78,16 @@ class TrainingStream:
         self.batch_index = -1
         self._trainer = trainer
         self._session = session
-        self._prompts = prompts
-        self._settings = settings
-        self._shape = shape
+        self._run = run
+        self._prompts = run.prompts
+        self._settings = settings = run.settings
+        self._shape = run.shape
         self._advantage = advantage
         self._exchange = exchange
         self._observer = observer
         self._micro_batches: list[MicroBatch] = []
         self._position = 0
+        self._first_step = 0
         self._undivided = False
         self._trained = False
         self.is_collecting = False
@@ -104,15 +101,8 @@ class TrainingStream:
         self.scheduler: RolloutScheduler | None = None
         if session is not None:
             self.scheduler = session.new_scheduler(
-                CarryOverBuffer(
-                    cap=settings.cap,
-                    group_size=settings.group_size,
-                    batch_groups=settings.batch_groups,
-                    max_new_tokens=settings.max_new_tokens,
-                    stop_token_ids=stop_token_ids,
-                    max_staleness=settings.max_staleness,
-                ),
-                prompts,
+                run.new_buffer(),
+                run.prompts,
                 decoding=Decoding(temperature=settings.temperature),
                 seed=settings.seed,
                 name="train",
@@ -124,15 +114,18 @@ class TrainingStream:
 
     def __len__(self) -> int:
         """Micro-batches of an epoch: every prompt once, as far as full batches go."""
-        batches = max(1, len(self._prompts) // self._settings.batch_groups)
-        return batches * self._shape.updates * self._shape.micro_batches
+        return self._shape.epoch(len(self._prompts), self._settings.batch_groups)
+
+    @property
+    def epoch(self) -> int:
+        """Micro-batches of an epoch of this run, limits included."""
+        return epoch_micro_batches(self._trainer, len(self))
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """Go on where the stream is; it has no end of its own."""
         while True:
             if not self.has_open_batch:
                 self._micro_batches = self._exchange.scatter(self._next_batch())
-                self._position = 0
             self._position += 1
             self._trained = True
             yield self._micro_batches[self._position - 1]
@@ -160,6 +153,17 @@ class TrainingStream:
     def shape(self) -> BatchShape:
         """How batches are divided."""
         return self._shape
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the micro-batch that was handed out last is the last of its optimizer step."""
+        return self._position % self._shape.micro_batches == 0
+
+    @property
+    def _stepped(self) -> int:
+        """Micro-batches of the last batch whose optimizer step was taken."""
+        steps = self._trainer.global_step - self._first_step
+        return min(steps * self._shape.micro_batches, len(self._micro_batches))
 
     def progress(self) -> RolloutProgress:
         """Where the running stage is; may be asked from any thread."""
@@ -217,9 +221,11 @@ class TrainingStream:
                 quarantine(self.delivered, self._settings.max_quarantined)
                 set_advantages(self.delivered, self._advantage, self._settings)
             self.batch_index += 1
+            self._position, self._first_step = 0, self._trainer.global_step
             if trajectories is not None:
                 self._metrics = self._figures(started, rolled_out)
                 divided = self._divide()
+                self._micro_batches = divided[0]  # what a checkpoint holds if a rank dies now
         self._undivided = False
         return divided
 
@@ -297,8 +303,9 @@ class TrainingStream:
         return figures
 
     @property
-    def _parts(self) -> list[int]:
-        return [self._shape.world_size, self._shape.updates, self._shape.micro_batches]
+    def parts(self) -> list[int]:
+        """How a batch is divided: ranks, updates, micro-batches."""
+        return self._run.parts
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -306,30 +313,28 @@ class TrainingStream:
         """Rank 0's buffer, prompts and place in the batch, as plain values."""
         if self._session is None or self.scheduler is None:
             return {}
+        # Not where the stream is: gradients accumulated so far are not saved.
+        position = self._stepped
+        is_open = self._undivided or position < len(self._micro_batches)
         return {
+            **self._run.state_dict(),
             "buffer": self._session.call(_snapshot(self.scheduler.buffer), watch=False),
             "prompts": self._prompts.state_dict(),
             "batch_index": self.batch_index,
-            "delivered": [
-                g.state_dict() for g in self.delivered if self.has_open_batch or self._undivided
-            ],
+            "delivered": [g.state_dict() for g in self.delivered if is_open],
             "undivided": self._undivided,
-            "position": self._position if self.has_open_batch else 0,
+            "position": position if is_open else 0,
+            "first_step": self._first_step,
             "policy_version": self._policy_version,
             "metrics": self._metrics,
-            "parts": self._parts,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved place; a batch that was being trained on is divided again."""
-        if state["position"] and state["parts"] != self._parts:
-            raise ConfigurationError(
-                f"the checkpoint was taken within a batch of {state['parts']} (ranks, updates, "
-                f"micro-batches); this run divides it into {self._parts}: keep trainer.devices, "
-                f"trainer.accumulate_grad_batches and {KEY}.updates_per_batch for this batch"
-            )
+        self._run.check(state)
         self.batch_index = state["batch_index"]
         self._position = state["position"]
+        self._first_step = state["first_step"]
         self._policy_version = state["policy_version"]
         self._metrics = state["metrics"]
         self._undivided = state["undivided"]
@@ -346,10 +351,7 @@ class TrainingStream:
     ) -> list[list[MicroBatch]]:
         """Each rank's micro-batches of the batch that the checkpoint was taken in; none if it was
         taken between two."""
-        try:
-            scheduler.buffer.load_state_dict(buffer)
-        except ValueError as error:
-            raise ConfigurationError(f"{KEY}: {error}") from error
+        scheduler.buffer.load_state_dict(buffer)
         if not self.delivered or self._undivided:
             return [[] for _ in range(self._shape.world_size)]
         rows = [t for group in self.delivered for t in group.trajectories]

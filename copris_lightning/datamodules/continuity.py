@@ -1,0 +1,162 @@
+"""What a checkpoint and the run that goes on from it must have in common.
+
+A run that goes on trains on what the uncut run would have, or refuses. So the prompts, their order
+and their tokens must be the same; and while responses are unfinished, so must be whatever decides
+how a token is drawn and scored. What may change: the cap, B, K, the division of whole batches, and
+all that concerns evaluation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.datamodules.identity import DataIdentity
+from copris_lightning.datamodules.prompts import PromptStream
+from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.errors import ConfigurationError
+
+LAYOUT = 2
+"""Of the rollout's state in a checkpoint; another one is refused."""
+
+
+@dataclass(frozen=True)
+class Continuity:
+    """What identifies a run's rollout.
+
+    Attributes:
+        settings: the rollout's numbers.
+        shape: how batches are divided.
+        stop_token_ids: tokens that end a response.
+        reward: the reward's name; what it computes cannot be compared.
+        special_tokens: whether the reward sees them.
+        prompts: the training prompts.
+        identity: of these.
+    """
+
+    settings: RolloutSettings
+    shape: BatchShape
+    stop_token_ids: tuple[int, ...]
+    reward: str
+    special_tokens: str
+    prompts: PromptStream
+    identity: DataIdentity
+
+    def new_buffer(self) -> CarryOverBuffer:
+        """An empty buffer for this run."""
+        return CarryOverBuffer(
+            cap=self.settings.cap,
+            group_size=self.settings.group_size,
+            batch_groups=self.settings.batch_groups,
+            max_new_tokens=self.settings.max_new_tokens,
+            stop_token_ids=self.stop_token_ids,
+            max_staleness=self.settings.max_staleness,
+        )
+
+    @property
+    def parts(self) -> list[int]:
+        """How a batch is divided: ranks, updates, micro-batches."""
+        return [self.shape.world_size, self.shape.updates, self.shape.micro_batches]
+
+    def warn(self) -> None:
+        """Say which values of the prompts could change without being noticed."""
+        if self.identity.opaque:
+            warnings.warn(
+                f"{KEY}.prompts hold values of {', '.join(self.identity.opaque)}, which have no "
+                "canonical form: a run that is resumed cannot tell whether they are the same",
+                stacklevel=2,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        return {
+            "layout": LAYOUT,
+            "parts": self.parts,
+            "data": self.identity.state_dict(),
+            "seed": self.settings.seed,
+            "sampling": self._sampling,
+            "behavior_logprobs": self.settings.behavior_logprobs,
+            "reward": self.reward,
+            "special_tokens": self.special_tokens,
+        }
+
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse a rollout's state that this run would not go on from as the uncut run did.
+
+        Raises:
+            ConfigurationError: names the prompt or the setting that is not what it was.
+        """
+        if state.get("layout") != LAYOUT:
+            raise ConfigurationError(
+                f"the checkpoint's rollout has layout {state.get('layout', 1)}, and this version "
+                f"reads layout {LAYOUT}: go on with the version of copris-lightning that saved it"
+            )
+        self._check_prompts(state)
+        self._check_unfinished(state)
+        if state["position"] and state["parts"] != self.parts:
+            raise ConfigurationError(
+                f"the checkpoint was taken within a batch of {state['parts']} (ranks, updates, "
+                f"micro-batches); this run divides it into {self.parts}: keep trainer.devices, "
+                f"trainer.accumulate_grad_batches and {KEY}.updates_per_batch for this batch"
+            )
+        try:
+            self.new_buffer().load_state_dict(state["buffer"])
+        except ValueError as error:
+            raise ConfigurationError(f"{KEY}: {error}") from error
+
+    def _check_prompts(self, state: dict[str, Any]) -> None:
+        difference = self.identity.difference(
+            DataIdentity.from_state(state["data"]), iter(self.prompts)
+        )
+        if difference is not None:
+            raise ConfigurationError(
+                f"{KEY}.prompts are not those that the checkpoint was saved with: {difference}. "
+                "Its place among them and its unfinished responses belong to those; give them "
+                "again, in the same order, or start a new run (without ckpt_path)"
+            )
+        self._same("seed", state["seed"], self.settings.seed, "the order of the prompts")
+
+    def _check_unfinished(self, state: dict[str, Any]) -> None:
+        rows = list(_trajectories(state["buffer"]["groups"]))
+        begun = [row for row in [*rows, *_trajectories(state["delivered"])] if row["segments"]]
+        if begun:
+            held = f"{len(begun)} responses that it holds"
+            for name, value in self._sampling.items():
+                self._same(name, state["sampling"].get(name), value, held)
+        unscored = any(
+            len(s["trainer_logprobs"]) < len(s["token_ids"]) for r in begun for s in r["segments"]
+        )
+        was, now = state["behavior_logprobs"], self.settings.behavior_logprobs
+        if unscored and was == "engine" and now == "trainer":
+            self._same("behavior_logprobs", was, now, "responses begun under older weights")
+        scored = sum(row["reward"] is not None for row in rows)
+        if scored:
+            held = f"{scored} responses of its groups"
+            self._same("reward", state["reward"], self.reward, held)
+            shown = state["special_tokens"]
+            self._same("template.special_tokens", shown, self.special_tokens, held)
+
+    @property
+    def _sampling(self) -> dict[str, Any]:
+        """What decides how a token is drawn and when a response ends, by YAML key."""
+        return {
+            "temperature": self.settings.temperature,
+            "stop_token_ids": list(self.stop_token_ids),
+            "sampling.stop": list(self.settings.sampling.stop),
+        }
+
+    @staticmethod
+    def _same(name: str, was: Any, now: Any, what: str) -> None:
+        if was != now:
+            raise ConfigurationError(
+                f"{KEY}.{name}={now} is not the checkpoint's {was}, which decided {what}; set it "
+                "to that, or start a new run (without ckpt_path)"
+            )
+
+
+def _trajectories(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    return (row for group in groups for row in group["trajectories"])
