@@ -156,7 +156,7 @@ def test_a_run_that_is_stopped_leaves_nothing_behind(
 def test_an_exception_in_the_reward_ends_the_engine_too(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    reward = ["--data.init_args.reward=copris_testing.FailingReward"]
+    reward = ["--data.init_args.reward=some_rewards.FailingReward"]
     run = Run(command(tiny_checkpoint, *reward, "--data.init_args.reward.after=4"), tmp_path)
     assert run.wait() == 1
     assert "RewardError: the reward of prompt 'add-" in run.output()

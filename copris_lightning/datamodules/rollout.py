@@ -18,6 +18,7 @@ from copris_lightning.datamodules.checks import check_epochs, check_estimator, c
 from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.datamodules.prompt_ids import check_ids
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
 from copris_lightning.datamodules.protocols import RolloutListener
 from copris_lightning.datamodules.session import RolloutSession
@@ -103,8 +104,8 @@ class RolloutDataModule(L.LightningDataModule):
         score_batch_tokens: padded tokens per forward pass when recomputing log-probs.
         val_samples: responses per prompt in evaluation, k.
         val_temperature: of the sampling distribution in evaluation, > 0.
-        reward_timeout_s: limit on one call of the reward, in seconds of the engine's clock. (A
-            simulated engine's is virtual: it calls rewards in place, without a limit.)
+        reward_timeout_s: limit on one call of the reward, in seconds from when a worker has it
+            (real ones, also where the engine's clock is virtual).
         reward_workers: processes that compute rewards.
         seed: of the prompt order and of sampling.
 
@@ -285,8 +286,8 @@ class RolloutDataModule(L.LightningDataModule):
                 indices=indices,
                 key=f"{KEY}.{name}",
             )
-            for _ in stream:  # raises where a prompt cannot be used
-                pass
+            # Raises where a prompt cannot be used.
+            check_ids(((queued.index, queued.prompt.id) for queued in stream), f"{KEY}.{name}")
             self._streams[name] = stream
 
     def update_weights(self, weights: Weights, version: int) -> None:

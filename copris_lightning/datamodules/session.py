@@ -17,8 +17,11 @@ from copris_lightning.datamodules.loop_thread import LoopThread
 from copris_lightning.rollout.engine import Engine, EngineSpec
 from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
+from copris_lightning.rollout.spawning import refuse_second_run
 
 T = TypeVar("T")
+
+_HEAD_START_S = 10.0
 
 
 class RolloutSession:
@@ -40,6 +43,7 @@ class RolloutSession:
         tokenizer: PreTrainedTokenizerBase,
         on_wait: Callable[[], None],
     ) -> None:
+        refuse_second_run()
         self.engine = engine
         self._scorer = scorer
         self._tokenizer = tokenizer
@@ -54,10 +58,13 @@ class RolloutSession:
             raise
 
     async def _start(self, spec: EngineSpec) -> None:
-        # The reward's processes start by themselves while the engine boots.
+        # A reward that cannot be imported is better known before the engine boots; one that takes
+        # long to import does that while the engine boots.
         workers = asyncio.create_task(self._scorer.start())
-        await asyncio.sleep(0)
         try:
+            done, _ = await asyncio.wait([workers], timeout=_HEAD_START_S)
+            for task in done:
+                task.result()
             await self.engine.start(spec)
             await workers
         finally:

@@ -20,6 +20,7 @@ from copris_lightning.datamodules.credit import (
     quarantine,
     set_advantages,
 )
+from copris_lightning.datamodules.equal_rewards import EqualRewards
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptStream
 from copris_lightning.datamodules.session import RolloutSession
@@ -103,6 +104,7 @@ class TrainingStream:
         self._stage_now = 0.0
         self.scheduler: RolloutScheduler | None = None
         if session is not None:
+            self._equal_rewards = EqualRewards(session.reward_name, session.decode, prompts.prompt)
             self.scheduler = session.new_scheduler(
                 CarryOverBuffer(
                     cap=settings.cap,
@@ -204,6 +206,7 @@ class TrainingStream:
         divided = None
         with self._exchange.leading():
             if trajectories is not None:
+                self._equal_rewards(self.delivered)
                 quarantine(self.delivered, self._settings.max_quarantined)
                 set_advantages(self.delivered, self._advantage, self._settings)
             self.batch_index += 1
