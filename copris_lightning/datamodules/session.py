@@ -21,7 +21,7 @@ from copris_lightning.rollout.spawning import refuse_second_run
 
 T = TypeVar("T")
 
-_HEAD_START_S = 10.0
+_HEAD_START_S = 30.0
 
 
 class RolloutSession:

@@ -41,7 +41,8 @@ def pickled_for_workers(reward: object) -> bytes:
             f"({error}); define it at the top level of a module"
         ) from error
     names = _names_in_main(pickled)
-    if names and not _main_can_be_run_again():
+    # A process that runs the main module again may construct what it never runs.
+    if names and not (_runs_main_again() or _main_can_be_run_again()):
         raise ConfigurationError(
             f"data.init_args.reward: {names[0]} is defined in a notebook, on a command line or in "
             "a package's __main__, and a worker process cannot import it from there: put it into "
@@ -83,15 +84,17 @@ def refuse_second_run() -> None:
     Raises:
         SecondRun: says what to do.
     """
-    # The engine's processes are multiprocessing's, which knows it by this mark.
-    if _loading or getattr(multiprocessing.current_process(), "_inheriting", False):
-        script = getattr(sys.modules["__main__"], "__file__", None) or "the main script"
-        if _loading:
-            script = getattr(sys.modules.get("__mp_main__"), "__file__", None) or script
+    if _runs_main_again():
+        script = getattr(sys.modules.get("__mp_main__"), "__file__", None) or "the main script"
         raise SecondRun(
             f"{script} starts the run when it is imported, and the run's processes "
             'import it: put what it runs under `if __name__ == "__main__":`'
         )
+
+
+def _runs_main_again() -> bool:
+    # The engine's processes are multiprocessing's, which knows it by this mark.
+    return _loading or bool(getattr(multiprocessing.current_process(), "_inheriting", False))
 
 
 def _main_can_be_run_again() -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
+from served import is_alive
 from some_rewards import Unloadable, parity
 
 from copris_lightning.errors import ConfigurationError
@@ -184,3 +187,82 @@ def test_starting_twice_is_no_harm():
     for _ in range(2):
         asyncio.run(scorer.start())
     scorer.close()
+
+
+# -- whole runs ----------------------------------------------------------------------------
+
+FIT = """
+import lightning as L
+from copris_testing import SomePrompts
+from copris_lightning import CoprisModule, RolloutDataModule, SimulatedEngine, WeightSync
+import sys
+
+class Engine(SimulatedEngine):
+    async def start(self, spec):
+        print("the engine boots", flush=True)
+        await super().start(spec)
+
+def main():
+    data = RolloutDataModule(
+        sys.argv[1], SomePrompts(8), Reward(), Engine(), cap=4, batch_groups=2, group_size=2,
+        max_prompt_tokens=16, max_new_tokens=8,
+    )
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[WeightSync()],
+    )
+    trainer.fit(CoprisModule(sys.argv[1]), datamodule=data)
+    print("fitted", flush=True)
+"""
+
+
+def fit(tmp_path: Path, checkpoint: Path, script: str) -> tuple[str, str]:
+    """Output and errors of a script that trains."""
+    root = Path(__file__).parents[2]
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "script.py", str(checkpoint)],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests' / 'support'}"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return done.stdout, done.stderr
+
+
+def test_a_script_whose_reward_needs_a_guard_is_told_before_the_engine_boots(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    reward = REWARD.replace("Exact", "Reward")
+    output, errors = fit(tmp_path, tiny_checkpoint, reward + FIT + "main()\n")
+    assert "the engine boots" not in output
+    last = errors.strip().splitlines()[-1]
+    assert "ConfigurationError: data.init_args.reward: a worker process cannot load Reward" in last
+    assert "script.py starts the run when it is imported" in last
+
+
+def test_a_busy_worker_ends_with_a_trainer_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        RUN.replace('scorer("7"', 'scorer("hang"')
+        + "from some_rewards import DoesWhatItIsTold\nrun(DoesWhatItIsTold())\n"
+    )
+    root = Path(__file__).parents[2]
+    trainer = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{root}:{root / 'tests' / 'support'}"},
+    )
+    workers: list[psutil.Process] = []
+    deadline = time.monotonic() + 60
+    while not workers:
+        assert time.monotonic() < deadline
+        workers = psutil.Process(trainer.pid).children()
+        time.sleep(0.05)
+    time.sleep(1.0)  # it is at work
+    assert is_alive(workers[0])
+    trainer.kill()
+    trainer.wait()
+    while is_alive(workers[0]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
