@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import Future
@@ -22,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from copris_lightning.errors import RewardError
+from copris_lightning.rollout.process_group import ProcessGroup
 from copris_lightning.rollout.reward_process import (
     BLOCKING,
     CLOSE,
@@ -37,10 +34,6 @@ _LOOK_S = 1.0
 """How often a busy process is looked at: what it leaves behind may hold its connection open."""
 _END_S = 2.0
 """How long an idle worker may take to end by itself."""
-_RUN = (
-    "import sys; sys.path[:] = {!r}; "
-    "from copris_lightning.rollout.reward_process import run; run({}, {})"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,44 +162,32 @@ class Worker:
 
     def _attend(self) -> None:
         """Start the process, wait for what it says, and end it."""
-        connection, theirs = Pipe()
-        watched, alive = os.pipe()  # its end tells the worker that this process is gone
+        work = self._work
         try:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _RUN.format(sys.path, theirs.fileno(), watched)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), watched),
-                start_new_session=True,  # a group of its own, which is killed as a whole
-            )
+            first = (preparation(work.reward), work.reward, work.is_async, work.timeout_s)
+            process = ProcessGroup("copris_lightning.rollout.reward_process")
         except OSError as error:
             with self._owner.lock:
                 self._owner.on_fault(f"a worker process cannot be started: {error}", error)
-            connection.close()
-            os.close(alive)
             return
-        finally:
-            theirs.close()
-            os.close(watched)
-        sender = threading.Thread(target=self._send, args=(connection,), daemon=True)
+        sender = threading.Thread(target=self._send, args=(process.connection, first), daemon=True)
         sender.start()
         try:
-            while self._listen(connection, process):
+            while self._listen(process):
                 pass
             if self._gently:
                 self._outbox.put((CLOSE, None))
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_END_S)
+                process.wait(_END_S)
         finally:
             self._outbox.put(None)
-            _kill(process)
+            process.kill()
             sender.join()
-            connection.close()
-            os.close(alive)
+            process.close()
 
-    def _send(self, connection: Connection) -> None:
+    def _send(self, connection: Connection, first: tuple[Any, ...]) -> None:
         work = self._work
         with contextlib.suppress(OSError):  # the worker has ended, as the other thread finds out
-            connection.send((preparation(work.reward), work.reward, work.is_async, work.timeout_s))
+            connection.send(first)
             while (item := self._outbox.get()) is not None:
                 if isinstance(item, int):
                     with self._owner.lock:
@@ -219,7 +200,7 @@ class Worker:
                     item = (item, call.pair)
                 connection.send(item)
 
-    def _listen(self, connection: Connection, process: subprocess.Popen[bytes]) -> bool:
+    def _listen(self, process: ProcessGroup) -> bool:
         """Wait for one thing and act on it; false when the worker is to end."""
         with self._owner.lock:
             if self._closing:
@@ -228,22 +209,22 @@ class Worker:
             look_by = math.inf if self.is_ready and not self.out else time.monotonic() + _LOOK_S
         by = min(deadline, look_by)
         came = wait(
-            [connection, self._woken],
+            [process.connection, self._woken],
             None if by == math.inf else max(0.0, by - time.monotonic()),
         )
         if self._woken in came:
             with self._owner.lock:
                 self._woken.recv_bytes()
                 self._is_woken = False
-        if connection in came:
+        if process.connection in came:
             try:
-                number, answer = connection.recv()
+                number, answer = process.connection.recv()
             except (EOFError, OSError):
                 self._on_death(process)
                 return False
             with self._owner.lock:
                 return self._on_answer(number, answer)
-        if not came and process.poll() is not None:
+        if not came and process.has_ended():
             self._on_death(process)
             return False
         with self._owner.lock:
@@ -331,12 +312,11 @@ class Worker:
             finish(call.future, error=_error(call, text, None))
         self._owner.on_end(self)
 
-    def _on_death(self, process: subprocess.Popen[bytes]) -> None:
+    def _on_death(self, process: ProcessGroup) -> None:
         """The process has ended by itself. Takes the lock."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_LOOK_S)
-        _kill(process)
-        how = _exit(process.returncode)
+        process.wait(_LOOK_S)
+        process.kill()
+        how = process.how_it_ended()
         with self._owner.lock:
             if self._closing:
                 return
@@ -365,17 +345,3 @@ def _error(call: Call, text: str, cause: BaseException | None) -> RewardError:
     error = RewardError(f"the reward of prompt {call.prompt_id!r} {text}")
     error.__cause__ = cause
     return error
-
-
-def _exit(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    hint = ", as when memory runs out" if -code == signal.SIGKILL else ""
-    return f"signal {-code}, {signal.strsignal(-code)}{hint}"
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process, if it is still there, and what it has started and left behind."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -11,7 +11,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from some_rewards import DoesWhatItIsTold
 
@@ -121,6 +121,7 @@ anything = st.recursive(
 )
 
 
+@settings(max_examples=200, deadline=None)
 @given(anything)
 def test_whatever_comes_is_a_float_or_a_failure_that_shows_it(value):
     verdict = _verdict(value)
@@ -132,12 +133,14 @@ def test_whatever_comes_is_a_float_or_a_failure_that_shows_it(value):
         assert value is None or not isinstance(value, str | bytes | complex | list | dict | tuple)
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False, width=32), st.sampled_from(["numpy", "array", "torch"]))
 def test_a_number_keeps_its_value_whatever_holds_it(number, holder):
     made = {"numpy": np.float32, "array": np.array, "torch": torch.tensor}[holder]
     assert as_number(made(number)) == number
 
 
+@settings(deadline=None)
 @given(st.integers(min_value=-(2**62), max_value=2**62))
 def test_integers_too(number):
     assert as_number(number) == as_number(np.int64(number)) == as_number(torch.tensor(number))
