@@ -137,11 +137,14 @@ async def _serve_async(connection: Connection, reward: Any, timeout_s: float) ->
     loop = asyncio.get_running_loop()
     tasks: dict[int, asyncio.Task[None]] = {}
     ended = asyncio.Event()
+    sending = threading.Lock()
+
+    def send(number: int, answer: object) -> None:
+        with sending, contextlib.suppress(OSError):  # nobody waits for it any more
+            connection.send((number, answer))
 
     async def call(number: int, pair: bytes) -> None:
-        outcome = await _awaited(reward, pair, timeout_s)
-        with contextlib.suppress(OSError):  # nobody waits for it any more
-            connection.send((number, outcome))
+        send(number, await _awaited(reward, pair, timeout_s))
 
     def begin(number: int, pair: bytes | None) -> None:
         if pair is not None:
@@ -157,7 +160,7 @@ async def _serve_async(connection: Connection, reward: Any, timeout_s: float) ->
                 if number == BLOCKING:
                     running = asyncio.current_task(loop)
                     blocking = [n for n, task in list(tasks.items()) if task is running]
-                    connection.send((BLOCKING, blocking[0] if blocking else None))
+                    send(BLOCKING, blocking[0] if blocking else None)
                 else:
                     loop.call_soon_threadsafe(begin, number, pair)
                 number, pair = connection.recv()
