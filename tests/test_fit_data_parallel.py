@@ -7,8 +7,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from copris_testing import ShareOfDigits, SomePrompts, reference_logprobs
+from copris_testing import SomePrompts, reference_logprobs
 from lightning.pytorch.loggers import CSVLogger
+from some_rewards import ShareOfDigits
 from transformers import AutoModelForCausalLM
 
 from copris_lightning import (

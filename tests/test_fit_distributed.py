@@ -35,7 +35,7 @@ def fit(checkpoint: Path, directory: Path, strategy: str) -> str:
         },
     }
     sizes = {"cap": 16, "batch_groups": 4, "group_size": 2, "max_new_tokens": 64}
-    reward = {"class_path": "copris_testing.ShareOfDigits"}
+    reward = {"class_path": "some_rewards.ShareOfDigits"}
     overlay.write_text(
         yaml.safe_dump(
             {

@@ -12,7 +12,8 @@ import lightning as L
 import pytest
 import torch
 import yaml
-from simulated_fits import build, ledger, parity
+from simulated_fits import build, ledger
+from some_rewards import constant, no_verdict, no_verdict_sometimes
 
 from copris_lightning import DecoupledRatio, KLPenalty, LagRejection, Masking, Truncation
 from copris_lightning.__main__ import main
@@ -54,7 +55,7 @@ def test_every_preset_trains(
             f"--config={ROOT / 'configs' / 'simulated.yaml'}",
             f"--config={preset}",
             f"--model.init_args.model={tiny_checkpoint}",
-            "--data.init_args.reward=simulated_fits.Parity",
+            "--data.init_args.reward=some_rewards.Parity",
             *arguments,
             "--trainer.max_steps=4",
             "--trainer.enable_progress_bar=false",
@@ -96,12 +97,6 @@ def test_presets_are_data_and_complete() -> None:
         assert set(config["data"]["init_args"]) == set(common["data"]["init_args"])
 
 
-async def no_verdict_sometimes(response: str, prompt: Any) -> Any:
-    if len(response) % 5 == 0:
-        return None
-    return math.nan if len(response) % 7 == 0 else await parity(response, prompt)
-
-
 def test_trajectories_without_a_verdict_are_quarantined_and_training_goes_on(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -129,10 +124,7 @@ def test_trajectories_without_a_verdict_are_quarantined_and_training_goes_on(
 def test_past_the_share_quarantine_ends_the_run_and_loses_nothing(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    async def never(response: str, prompt: Any) -> None:
-        return None
-
-    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data={"reward": never})
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data={"reward": no_verdict})
     with pytest.raises(QuarantineError, match=r"8 of the batch's 8 .*max_quarantined=0.25"):
         trainer.fit(module, datamodule=data)
     assert "train" not in log
@@ -143,9 +135,6 @@ def test_past_the_share_quarantine_ends_the_run_and_loses_nothing(
 def test_a_reward_that_never_varies_is_an_error_under_dapo(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    async def constant(response: str, prompt: Any) -> float:
-        return 0.5
-
     settings = {"reward": constant, "drop_zero_variance": True, "max_dropped_groups": 9}
     trainer, module, data, log = build(tiny_checkpoint, tmp_path, data=settings)
     with pytest.raises(RolloutError, match=r"10 groups in a row .*constant"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from copris_testing import FailingReward, SomePrompts
+from copris_testing import SomePrompts
 from lightning.pytorch.callbacks import ModelCheckpoint
 from simulated_fits import LoggingEngine, build, ledger
+from some_rewards import FailingReward, slow
 from torch import Tensor
 
 from copris_lightning import (
@@ -230,10 +230,6 @@ def test_an_interrupt_while_a_rollout_runs_ends_cleanly(
     class Interrupt(RolloutProgressBar):
         def on_rollout_progress(self, progress: Any) -> None:
             raise KeyboardInterrupt
-
-    async def slow(response: str, prompt: Any) -> float:
-        time.sleep(0.3)  # noqa: ASYNC251 - holds up the loop, so that the main thread waits
-        return 0.0
 
     trainer, module, data, _ = build(
         tiny_checkpoint,

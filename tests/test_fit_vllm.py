@@ -9,8 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from copris_testing import ShareOfDigits, SomePrompts, StaleHeadEngine, reference_logprobs
+from copris_testing import SomePrompts, StaleHeadEngine, reference_logprobs
 from lightning.pytorch.loggers import CSVLogger
+from some_rewards import ShareOfDigits
 from transformers import AutoModelForCausalLM
 
 from copris_lightning import (

@@ -12,10 +12,11 @@ import lightning as L
 import peft
 import pytest
 import torch
-from copris_testing import ShareOfDigits, SomePrompts, reference_logprobs
+from copris_testing import SomePrompts, reference_logprobs
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from simulated_fits import build, ledger
+from some_rewards import ShareOfDigits
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -155,7 +155,7 @@ def test_a_development_run_ends_cleanly(tiny_checkpoint: Path, tmp_path: Path) -
 def test_an_exception_in_the_reward_ends_the_engine_too(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    reward = ["--data.init_args.reward=copris_testing.FailingReward"]
+    reward = ["--data.init_args.reward=some_rewards.FailingReward"]
     run = Run(quickstart(tiny_checkpoint, *reward, "--data.init_args.reward.after=4"), tmp_path)
     assert run.wait() == 1
     assert "RewardError: the reward of prompt 'add-" in run.output()

@@ -9,7 +9,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from copris_testing import ShareOfDigits, SomePrompts
+from copris_testing import SomePrompts
+from some_rewards import ShareOfDigits
 
 from copris_lightning import CoprisModule, RolloutDataModule, StalenessMonitor, WeightSync
 from copris_lightning.errors import ConfigurationError, EngineError

@@ -6,6 +6,7 @@ from typing import Any
 
 from copris_lightning.datamodules.literals import shown
 from copris_lightning.datamodules.messages import UnusablePrompt
+from copris_lightning.datamodules.prompt_ids import check_ids
 from copris_lightning.datamodules.prompts import Located, PromptEncoder, PromptSource
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
@@ -28,20 +29,22 @@ def usable_prompts(source: PromptSource, encode: PromptEncoder, *, skip_long: bo
     """
     size = _size(source, encode.key)
     usable: list[int] = []
+    ids: list[tuple[int, str]] = []
     problems: list[str] = []
     texts = 0
     for index in range(size):
         prompt: Prompt | None = None
         try:
             prompt = _prompt(source, index)
-            ids = encode.tokens(prompt)
-            if skip_long and len(ids) > encode.max_prompt_tokens:
+            tokens = encode.tokens(prompt)
+            if skip_long and len(tokens) > encode.max_prompt_tokens:
                 continue
-            encode.check_length(ids)
+            encode.check_length(tokens)
         except UnusablePrompt as error:
             problems.append(_line(source, index, prompt, error))
             continue
         usable.append(index)
+        ids.append((index, prompt.id))
         texts += prompt.messages is None
     if problems:
         more = len(problems) - _SHOWN
@@ -55,6 +58,7 @@ def usable_prompts(source: PromptSource, encode: PromptEncoder, *, skip_long: bo
             f"{encode.key}: the prompt set is empty, since each of the {size} prompts is longer "
             f"than data.init_args.max_prompt_tokens={encode.max_prompt_tokens}"
         )
+    check_ids(ids, encode.key)
     if texts and encode.template.shaping:
         raise ConfigurationError(
             f"{encode.template.shaping[0]} cannot apply to {encode.key}: {texts} of {size} prompts "

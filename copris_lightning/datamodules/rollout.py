@@ -128,8 +128,8 @@ class RolloutDataModule(L.LightningDataModule):
         evaluation: how sampling in evaluation differs otherwise.
         trust_remote_code: run code that the checkpoint brings along (linked to the module's by the
             command line).
-        reward_timeout_s: limit on one call of the reward, in seconds of the engine's clock. (A
-            simulated engine's is virtual: it calls rewards in place, without a limit.)
+        reward_timeout_s: limit on one call of the reward, in seconds from when a worker has it
+            (real ones, also where the engine's clock is virtual).
         reward_workers: processes that compute rewards.
         seed: of the prompt order and of sampling.
         template: how conversations become prompts, and responses text; see :class:`Template`.

@@ -13,17 +13,19 @@ from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.decoding import ResponseDecoder
 from copris_lightning.datamodules.loop_thread import CLEANUP_S, LoopThread, StuckError
-from copris_lightning.errors import RewardError
 from copris_lightning.rollout.engine import Decoding, Engine, EngineSpec, Killable
 from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
+from copris_lightning.rollout.spawning import refuse_second_run
 from copris_lightning.rollout.stops import StopStrings
-from copris_lightning.rollout.watchdog import REWARD_START_S
 
 T = TypeVar("T")
 
 BRIEF_S = 60.0
 """How long what takes no time may take on the rollout thread, in seconds."""
+
+_HEAD_START_S = 30.0
+"""How long the engine's boot waits for the reward's workers, in seconds."""
 
 
 class RolloutSession:
@@ -47,9 +49,10 @@ class RolloutSession:
         stop: tuple[str, ...],
         on_wait: Callable[[], None],
     ) -> None:
+        refuse_second_run()
         self.engine = engine
         self._scorer = scorer
-        self._decode = decode
+        self.decode = decode
         self._stops = StopStrings(stop, decode.verbatim)
         self._on_wait = on_wait
         self._schedulers: list[RolloutScheduler] = []
@@ -57,32 +60,22 @@ class RolloutSession:
         self._loop = LoopThread(engine.new_event_loop)
         try:
             self.call(self._start(spec))
-            self._wait_for_rewards()
         except BaseException:
             self.close()
             raise
 
     async def _start(self, spec: EngineSpec) -> None:
-        # The reward's processes start by themselves while the engine boots.
-        self._starting = asyncio.create_task(self._scorer.start())
-        await asyncio.sleep(0)
+        # A reward that cannot be imported is better known before the engine boots; one that takes
+        # long to import does that while the engine boots.
+        workers = asyncio.create_task(self._scorer.start())
         try:
+            done, _ = await asyncio.wait([workers], timeout=_HEAD_START_S)
+            for task in done:
+                task.result()
             await self.engine.start(spec)
-        except BaseException:
-            self._starting.cancel()
-            raise
-
-    def _wait_for_rewards(self) -> None:
-        async def started() -> None:
-            await self._starting
-
-        try:
-            self._loop.call(started(), on_wait=self._on_wait, timeout_s=REWARD_START_S)
-        except StuckError as error:
-            raise RewardError(
-                f"the processes of data.init_args.reward ({self.reward_name}) have not started "
-                f"after {REWARD_START_S:g} s: importing it must not wait for anything"
-            ) from error
+            await workers
+        finally:
+            workers.cancel()
 
     def call(self, work: Coroutine[Any, Any, T], *, watch: bool = True) -> T:
         """Run a coroutine on the rollout thread and wait for its result.
@@ -123,7 +116,7 @@ class RolloutSession:
             buffer=buffer,
             prompts=prompts,
             scorer=self._scorer,
-            decode=self._decode,
+            decode=self.decode,
             decoding=decoding,
             stops=self._stops,
             seed=seed,
@@ -149,7 +142,7 @@ class RolloutSession:
             "reward": reward if known else None,
             "advantage": trajectory.advantage,
             **({"excluded": trajectory.excluded} if trajectory.excluded else {}),
-            "response": self._decode(trajectory.response_token_ids),
+            "response": self.decode(trajectory.response_token_ids),
         }
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ from copris_lightning.datamodules.credit import (
     quarantine,
     set_advantages,
 )
+from copris_lightning.datamodules.equal_rewards import EqualRewards
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY
@@ -100,6 +101,9 @@ class TrainingStream:
         self._stage_now = 0.0
         self.scheduler: RolloutScheduler | None = None
         if session is not None:
+            self._equal_rewards = EqualRewards(
+                session.reward_name, session.decode, run.prompts.prompt
+            )
             self.scheduler = session.new_scheduler(
                 run.new_buffer(),
                 run.prompts,
@@ -218,6 +222,7 @@ class TrainingStream:
         divided = None
         with self._exchange.leading():
             if trajectories is not None:
+                self._equal_rewards(self.delivered)
                 quarantine(self.delivered, self._settings.max_quarantined)
                 set_advantages(self.delivered, self._advantage, self._settings)
             self.batch_index += 1

@@ -168,8 +168,8 @@ class RolloutScheduler:
         self._stopping = False
         try:
             self._raise_failure()
-            self._score_restored()
             if not self.buffer.can_deliver():
+                self._score_restored()  # none is still out where nothing is waited for
                 self._fill()
             while not self.buffer.can_deliver():
                 self._raise_failure()

@@ -23,11 +23,10 @@ questions, resume           the connection breaks                   connect_time
 generate, score, pause      the connection breaks                   stall_timeout_s
 load weights, explain       the connection breaks (a server whose   sync_timeout_s
                             engine died ends within seconds)
-**rewards** (rewards)
-start of the workers        the pool's error                        :data:`REWARD_START_S`
-a call in a worker          the pool's error                        reward_timeout_s
-a call on the loop          the main thread looks at the loop       reward_timeout_s
-shutdown of the pool        --                                      the pool's 3 s, then killed
+**rewards** (reward_worker)
+start of a worker           its pipe breaks                         start_s of RewardScorer
+a call in a worker          its pipe breaks                         reward_timeout_s
+end of a worker             --                                      killed at once
 **the rollout thread** (loop_thread, session)
 call                        looked at five times a second           whatever the work waits for
 call that is not to be      looked at five times a second           BRIEF_S of session
@@ -53,9 +52,6 @@ from typing import Any, Protocol, TypeVar
 from copris_lightning.errors import ConfigurationError, EngineError
 
 T = TypeVar("T")
-
-REWARD_START_S = 600.0
-"""How long the reward's processes may take to start, in seconds of this machine's clock."""
 
 _REAP_TIMES = 100
 """How often to look for an ended process's exit code, every 20 ms."""

@@ -16,7 +16,6 @@ from simulated_fits import LoggingEngine, build
 from torch import Tensor
 
 from copris_lightning.datamodules import loop_thread, session
-from copris_lightning.errors import RewardError
 
 
 class StoppingEngine(LoggingEngine):
@@ -102,14 +101,3 @@ def test_an_engine_that_does_not_let_itself_be_closed_is_killed(
     with pytest.raises(loop_thread.StuckError, match=r"Unclosable\.close"):
         trainer.fit(module, data)
     assert engine.killed == 1
-
-
-def test_a_reward_that_does_not_start_is_not_waited_for_for_ever(
-    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(session, "REWARD_START_S", 0.3)
-    trainer, module, data, _ = build(tiny_checkpoint, tmp_path)
-    monkeypatch.setattr(data.scorer, "start", asyncio.Event().wait)
-    with pytest.raises(RewardError, match=r"reward \(parity\) have not started after 0\.3 s"):
-        trainer.fit(module, data)
-    assert rollout_threads() == []

@@ -9,7 +9,6 @@ import pytest
 from copris_lightning.core.buffer import Status
 from copris_lightning.errors import ConfigurationError, EngineError, RewardError
 from copris_lightning.rollout.engine import Chunk, EngineSpec
-from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.simulated import Faults, SimulatedEngine
 
 SMALL = {"cap": 4, "batch_groups": 1, "group_size": 2, "median": 4.0, "max_new_tokens": 12}
@@ -130,7 +129,7 @@ def test_closing_cancels_rewards_and_keeps_the_responses(rollout):
 
 
 class Judge:
-    """Fails on one prompt, each time or once."""
+    """A scorer in virtual time that fails on one prompt, each time or once."""
 
     def __init__(self, outcome, *, failing="p1", times=10**9, after_s=0.0):
         self.outcome = outcome
@@ -143,27 +142,15 @@ class Judge:
             return 1.0
         self.times -= 1
         await asyncio.sleep(self.after_s)
-        if isinstance(self.outcome, Exception):
-            raise self.outcome
-        return self.outcome
+        raise RewardError(f"prompt {prompt.id!r}: {self.outcome}") from self.outcome
 
 
-@pytest.mark.parametrize(
-    ("outcome", "says"),
-    [
-        (ZeroDivisionError("oops"), "raised ZeroDivisionError"),
-        ("good", "returned 'good', not a number"),
-        ([1.0, 0.0], "not a number"),
-    ],
-    ids=["raises", "string", "list"],
-)
-def test_a_failing_reward_ends_the_stage_with_cause_and_prompt(rollout, outcome, says):
-    run = rollout(scorer=RewardScorer(Judge(outcome)))
-    with pytest.raises(RewardError, match=says) as caught:
+def test_a_failing_reward_ends_the_stage_with_cause_and_prompt(rollout):
+    outcome = ZeroDivisionError("oops")
+    run = rollout(scorer=Judge(outcome))
+    with pytest.raises(RewardError, match="'p1': oops") as caught:
         run.collect()
-    assert "'p1'" in explained(caught.value)
-    if isinstance(outcome, Exception):
-        assert caught.value.__cause__ is outcome
+    assert caught.value.__cause__ is outcome
     # The first failing response ended it, not the last trajectory of the stage.
     finishes = [e.time for e in run.of_kind("finish") if e.key[0] == 1]
     assert run.loop.time() == pytest.approx(finishes[0])
@@ -171,17 +158,8 @@ def test_a_failing_reward_ends_the_stage_with_cause_and_prompt(rollout, outcome,
     assert run.engine._active == {}
 
 
-def test_a_reward_that_hangs_fails_the_stage_within_its_limit(rollout):
-    scorer = RewardScorer(Judge(1.0, after_s=1e9), timeout_s=7.0)
-    run = rollout(scorer=scorer)
-    with pytest.raises(RewardError, match=r"'p1' took longer than.*reward_timeout_s=7.0"):
-        run.stages(1000)  # the first may be full without the prompt that hangs
-    hung = next(e.time for e in run.of_kind("finish") if e.key[0] == 1)
-    assert run.loop.time() == pytest.approx(hung + 7.0)
-
-
 def test_the_response_of_a_failed_reward_is_kept_and_scored_again(rollout):
-    run = rollout(scorer=RewardScorer(Judge(ValueError("a bad moment"), times=1)))
+    run = rollout(scorer=Judge(ValueError("a bad moment"), times=1))
     with pytest.raises(RewardError, match="a bad moment"):
         run.collect()
     assert len(run.buffer.keys(Status.FINISHED)) == 1
@@ -191,13 +169,13 @@ def test_the_response_of_a_failed_reward_is_kept_and_scored_again(rollout):
 
 
 def test_a_reward_that_fails_during_training_is_raised_by_the_next_stage(rollout):
-    scorer = RewardScorer(Judge(ValueError("a bad moment"), times=1, after_s=20.0))
+    scorer = Judge(ValueError("a bad moment"), times=1, after_s=20.0)
     run = rollout(cap=40, scorer=scorer)
     run.collect()
     assert "p1" not in run.trained()
-    assert scorer._reward.times == 0  # its reward is being computed
+    assert scorer.times == 0  # its reward is being computed
     run.run(asyncio.sleep(30.0))
-    with pytest.raises(RewardError, match=r"'p1' raised.*a bad moment"):
+    with pytest.raises(RewardError, match="'p1': a bad moment"):
         run.collect()
     assert run.buffer.in_flight == 0
     run.stages(5)

@@ -15,10 +15,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from copris_testing import ShareOfDigits, SomePrompts, reference_logprobs
+from copris_testing import SomePrompts, reference_logprobs
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from served import Served
+from some_rewards import ShareOfDigits
 from transformers import AutoModelForCausalLM
 
 from copris_lightning import (

@@ -31,13 +31,6 @@ class SomePrompts:
         return Prompt(f"p{index:03d}", text=f"{index}+{index % 7}=")
 
 
-class ShareOfDigits:
-    """A reward that varies on random text: the share of digits in the response."""
-
-    def __call__(self, response: str, prompt: Prompt) -> float:
-        return sum(c.isdigit() for c in response) / max(1, len(response))
-
-
 class SaveBatches(L.Callback):
     """Saves each batch's trajectories, the weights they were trained on, the loss, and a digest of
     each weight afterwards: everything in full, whatever the ranks."""
@@ -77,20 +70,6 @@ def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.clone().numpy().tobytes()).hexdigest()
-
-
-class FailingReward:
-    """Works for a while (each worker counts its own calls), then raises."""
-
-    def __init__(self, after: int = 0) -> None:
-        self.after = after
-        self.calls = 0
-
-    def __call__(self, response: str, prompt: Prompt) -> float:
-        self.calls += 1
-        if self.calls > self.after:
-            raise KeyError("the answer is missing")
-        return 0.0
 
 
 class RecordingExtension(CoprisWorkerExtension):

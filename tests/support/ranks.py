@@ -24,7 +24,9 @@ from copris_testing import SomePrompts, digest, full_state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from safetensors.torch import load_file
-from simulated_fits import build, ledger, parity
+from simulated_fits import build, ledger
+from some_rewards import SlowFirst
+from some_rewards import failing as failing_reward
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -173,15 +175,8 @@ def fsdp2_in_mixed_precision(checkpoint: Path, directory: Path) -> Any:
 @scenario
 def long_rollout(checkpoint: Path, directory: Path) -> Any:
     """Rank 0's rollout takes longer than the ranks' process group waits for anything."""
-    calls: list[str] = []
-
-    async def slow(response: str, prompt: Any) -> float:
-        if not calls:
-            time.sleep(TIME_LIMIT_S + 5)  # noqa: ASYNC251 - rank 0 shall hang
-        calls.append(response)
-        return await parity(response, prompt)
-
-    return train("ddp", checkpoint, directory, data={"reward": slow}, max_steps=1)
+    data = {"reward": SlowFirst(TIME_LIMIT_S + 5), "reward_timeout_s": 120.0}
+    return train("ddp", checkpoint, directory, data=data, max_steps=1)
 
 
 @scenario
@@ -213,11 +208,8 @@ def quarantined(checkpoint: Path, directory: Path) -> Any:
 
 
 def fail(checkpoint: Path, directory: Path, **data: Any) -> str:
-    async def broken(response: str, prompt: Any) -> float:
-        raise KeyError("the answer is missing")
-
     try:
-        train("fsdp2", checkpoint, directory, data={"reward": broken, **data})
+        train("fsdp2", checkpoint, directory, data={"reward": failing_reward, **data})
     except (RewardError, RolloutError) as error:
         return repr(error)
     raise AssertionError("nothing was raised")

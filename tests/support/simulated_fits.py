@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from copris_testing import SomePrompts
 from lightning.pytorch.loggers import CSVLogger
+from some_rewards import parity
 from torch import Tensor
 
 from copris_lightning import (
@@ -22,11 +23,6 @@ from copris_lightning import (
     WeightSync,
 )
 from copris_lightning.rollout.simulated import Faults, LengthModel
-
-
-async def parity(response: str, prompt: Any) -> float:
-    """A reward on the event loop: no processes, so that a test takes no time."""
-    return float(len(response) % 2)
 
 
 class LoggingEngine(SimulatedEngine):
@@ -103,10 +99,3 @@ def build(
 def ledger(directory: Path) -> list[dict[str, Any]]:
     files = sorted((directory / "ledger").glob("batch_*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-
-class Parity:
-    """The same reward as a class, for configs."""
-
-    async def __call__(self, response: str, prompt: Any) -> float:
-        return await parity(response, prompt)

@@ -1,0 +1,72 @@
+"""A child process that leads a group: killed with all that it has started, gone with its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection, Pipe
+
+_RUN = "import sys; sys.path[:] = {!r}; from {} import run; run({}, {})"
+
+
+class ProcessGroup:
+    """A fresh Python process with this one's import path, at work from the start.
+
+    Forking would be unsafe beside the engine's and torch's threads.
+
+    Args:
+        module: its function ``run`` is called with two file descriptors: of a connection to here,
+            and of a pipe that ends when this process does.
+
+    Raises:
+        OSError: the process cannot be started.
+    """
+
+    def __init__(self, module: str) -> None:
+        self.connection: Connection
+        self.connection, theirs = Pipe()
+        watched, self._alive = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _RUN.format(sys.path, module, theirs.fileno(), watched)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), watched),
+                start_new_session=True,
+            )
+        except OSError:
+            self.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(watched)
+
+    def has_ended(self) -> bool:
+        """Whether the process itself is gone; what it started may hold the connection open."""
+        return self._process.poll() is not None
+
+    def wait(self, seconds: float) -> None:
+        """Wait for the process to end by itself, but not for longer."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def kill(self) -> None:
+        """Kill the process, if it is still there, and what it has started and left behind."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Let go of a process that was killed, once no thread uses its connection."""
+        self.connection.close()
+        os.close(self._alive)
+
+    def how_it_ended(self) -> str:
+        """Its exit code or signal, in words."""
+        code = self._process.returncode
+        if code is None or code >= 0:
+            return f"exit code {code}"
+        hint = ", as when memory runs out" if -code == signal.SIGKILL else ""
+        return f"signal {-code}, {signal.strsignal(-code)}{hint}"
