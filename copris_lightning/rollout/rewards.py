@@ -15,6 +15,7 @@ from typing import Any
 from pebble import ProcessPool
 
 from copris_lightning.errors import ConfigurationError, RewardError
+from copris_lightning.search_path import forget_own_safe_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +208,7 @@ _received: list[Reward] = []
 
 
 def _receive(reward: Reward) -> None:
+    forget_own_safe_path()
     _received[:] = [reward]
 
 

@@ -19,6 +19,7 @@ from copris_lightning.lora import AdapterShape, adapter_shape, as_folder
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
 from copris_lightning.rollout.owner import OWNER_VARIABLE, this_process
 from copris_lightning.rollout.weight_files import hand_over_prefix, handed_over
+from copris_lightning.search_path import SAFE_PATH, SET_HERE
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -90,6 +91,8 @@ class VLLMEngine:
         self.environment: dict[str, str | None] = {
             "OMP_NUM_THREADS": None,
             "MKL_NUM_THREADS": None,
+            # vLLM starts `python -m`, where a user's queue.py would be imported for Python's own.
+            SAFE_PATH: os.environ.get(SAFE_PATH) or SET_HERE,
             **(environment or {}),
         }
         self.request_seeds = request_seeds
