@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import count
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.module import CoprisModule
+from copris_lightning.resume import NothingToTrain, begin
+from copris_lightning.runs import directory_of, record
+
+_EPILOG = (
+    "`copris serve --help` is about vLLM servers for rollouts. Of each command, `--ckpt_path last` "
+    "is the newest checkpoint of the newest run under the logger's name, and an error if there is "
+    "none; `auto` starts a new run then."
+)
 
 
 class CoprisCLI(LightningCLI):
@@ -19,6 +29,43 @@ class CoprisCLI(LightningCLI):
         """The engine boots with the checkpoint that the module trains; one seed for everything."""
         parser.link_arguments("model.init_args.model", "data.init_args.model")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Decide what to go on from and where to write, then run."""
+        asked = self.config_init[subcommand].get("ckpt_path")
+        try:
+            found = begin(self.trainer, subcommand, asked)
+        except NothingToTrain as done:
+            # A scheduler that starts a finished job again has nothing to complain about.
+            if asked != "auto":
+                raise
+            print(f"copris: {done}")
+            return
+        self.config_init[subcommand]["ckpt_path"] = found
+        super()._run_subcommand(subcommand)
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the config in the run's directory, beside those of the run that it goes on from:
+    ``config.yaml``, then ``config_1.yaml``, ..."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the file, once."""
+        directory = directory_of(trainer)
+        if self.already_saved:
+            return
+        if trainer.is_global_zero:
+            directory.mkdir(parents=True, exist_ok=True)
+            names = (f"config_{i}.yaml" if i else "config.yaml" for i in count())
+            path = next(directory / name for name in names if not (directory / name).exists())
+            self.parser.save(self.config, path, skip_none=False, multifile=False)
+        self.already_saved = True
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say in the checkpoint whose it is."""
+        record(trainer, checkpoint)
 
 
 def _seed(seed_everything: bool | int) -> int:
@@ -38,8 +85,8 @@ def main(args: Sequence[str] | None = None) -> int:
             L.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"epilog": "`copris serve --help` is about vLLM servers for rollouts."},
+            save_config_callback=RunConfig,
+            parser_kwargs={"epilog": _EPILOG},
             seed_everything_default=0,
             # The module takes optimizer and schedule itself, and steps the schedule per step.
             auto_configure_optimizers=False,

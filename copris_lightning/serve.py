@@ -68,6 +68,11 @@ def main(args: Sequence[str]) -> int:
     os.execve(sys.executable, command + others, environment)
 
 
-if __name__ == "__main__":  # what the command above starts
+def _become_server() -> None:
+    """What the command above starts."""
     append_for_server()
     runpy.run_module(_VLLM, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _become_server()

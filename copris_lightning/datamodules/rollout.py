@@ -19,7 +19,7 @@ from copris_lightning.datamodules.credit import Advantage
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
-from copris_lightning.datamodules.protocols import RolloutListener
+from copris_lightning.datamodules.protocols import RolloutListener, RunWriter
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.training import TrainingStream
@@ -30,9 +30,11 @@ from copris_lightning.pretrained import (
     load_tokenizer,
     stop_token_ids,
 )
+from copris_lightning.resume import attach
 from copris_lightning.rollout.engine import Engine, EngineSpec, RankedSync, Weights
 from copris_lightning.rollout.rewards import Reward, RewardScorer
 from copris_lightning.rollout.scheduler import Event
+from copris_lightning.runs import directory_of
 from copris_lightning.trainer_parts import callbacks
 
 T = TypeVar("T")
@@ -190,6 +192,18 @@ class RolloutDataModule(L.LightningDataModule):
         self._probe_tokens = 0
         self._last_state: dict[str, Any] = {}
 
+    @property
+    def trainer(self) -> Any:
+        """The trainer of the running command, or ``None``."""
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        # Lightning sets this before it chooses a checkpoint and starts loggers.
+        self._trainer = trainer
+        if isinstance(trainer, L.Trainer):
+            attach(trainer)
+
     # -- setting up and closing ------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -211,6 +225,10 @@ class RolloutDataModule(L.LightningDataModule):
             check_estimator(self.trainer, self.settings)
             check_epochs(self.trainer, shape)
         check_sync(self.trainer)
+        directory_of(self.trainer)
+        for callback in callbacks(self.trainer):
+            if isinstance(callback, RunWriter):
+                callback.open(self.trainer, stage)
         spec = EngineSpec(
             model=self.model,
             max_num_seqs=self.settings.cap,

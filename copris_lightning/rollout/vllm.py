@@ -18,7 +18,7 @@ from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncE
 from copris_lightning.lora import AdapterShape, adapter_shape, as_folder
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
 from copris_lightning.rollout.owner import OWNER_VARIABLE, this_process
-from copris_lightning.rollout.weight_files import hand_over_prefix, handed_over
+from copris_lightning.rollout.weight_files import check_hand_over, hand_over_prefix, handed_over
 from copris_lightning.search_path import SAFE_PATH, SET_HERE
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ class VLLMEngine:
                     f"{_vllm_version()} has no such engine argument"
                 )
         self._check_gpu()
+        if self.transport == "files":
+            check_hand_over(self.sync_directory)
         if spec.adapter is not None:
             self._check_adapter(spec.adapter)
         for name, needed, key in (
