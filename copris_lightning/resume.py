@@ -58,7 +58,8 @@ def begin(trainer: L.Trainer, command: str, asked: str | Path | None) -> str | N
         return os.environ[_CHOSEN] or None
     found = resolve(trainer, command, asked)
     os.environ[_CHOSEN] = found or ""
-    _decide(trainer, command, found)
+    if not _is_lightnings(found):
+        _decide(trainer, command, found)
     return found
 
 
@@ -86,9 +87,8 @@ def _select(
     Given no path, Lightning would go on from an ``OnExceptionCheckpoint``'s file, or from a SLURM
     job's in the same directory, also where the run is meant as a new one.
     """
-    is_fit = state_fn.value == "fit"
     is_lightnings = trainer._checkpoint_connector._user_managed or _is_lightnings(ckpt_path)
-    if is_lightnings or (ckpt_path is None and not (is_fit and model_provided)):
+    if is_lightnings or (ckpt_path is None and not model_provided):
         given = {"model_provided": model_provided, "model_connected": model_connected}
         found = lightnings(state_fn, ckpt_path, **given)
     else:
@@ -98,9 +98,11 @@ def _select(
 
 
 def _decide(trainer: L.Trainer, command: str, found: str | Path | None) -> None:
-    """Evaluations have directories of their own."""
-    path = None if found is None or _is_lightnings(found) else Path(found)
-    decide(trainer, path, read(path).run if path is not None and command == "fit" else None)
+    """An evaluation has a directory of its own, whatever it loads."""
+    run = None
+    if found is not None and command == "fit" and not _is_lightnings(found):
+        run = read(Path(found)).run
+    decide(trainer, command, None if found is None else Path(found), run)
 
 
 def resolve(trainer: L.Trainer, command: str, asked: str | Path | None) -> str | None:

@@ -86,18 +86,22 @@ def place_of(trainer: L.Trainer) -> Place:
     return Place(parent, None, "trainer.logger.init_args.save_dir")
 
 
-def decide(trainer: L.Trainer, checkpoint: Path | None, run: Path | None) -> None:
+def decide(trainer: L.Trainer, command: str, checkpoint: Path | None, run: Path | None) -> None:
     """Choose the run's directory, on rank 0, and point loggers and checkpoints at it.
 
     Args:
         trainer: about to run; nothing of it is set up.
+        command: ``fit``, which writes checkpoints, or another.
         checkpoint: what it goes on from.
         run: the directory of that checkpoint's run, if it is known.
 
     Raises:
         ConfigurationError: nothing can be written there.
     """
-    if trainer in _runs or is_dry_run(trainer):
+    if is_dry_run(trainer):
+        return
+    if trainer in _runs:  # whose loggers write somewhere already
+        _runs[trainer].checkpoint = checkpoint
         return
     if not trainer.is_global_zero:
         _runs[trainer] = _Run(None, checkpoint)
@@ -106,7 +110,7 @@ def decide(trainer: L.Trainer, checkpoint: Path | None, run: Path | None) -> Non
     try:
         directory = _directory(trainer, place, run)
         check_writable(directory, place.key)
-        for path, key in _checkpoint_directories(trainer):
+        for path, key in _checkpoint_directories(trainer) if command == "fit" else ():
             check_writable(path, key)
     except ConfigurationError as problem:
         if trainer.world_size == 1 or not _is_launched():

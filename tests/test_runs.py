@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -15,117 +14,21 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only
 from simulated_fits import build, ledger
+from small_runs import LOGGERS, batches, boot, change, copris, settle
 
-from copris_lightning import RunSummary, SimulatedEngine, TrajectoryLedger, VLLMEngine
-from copris_lightning.__main__ import main
+from copris_lightning import RunSummary, SimulatedEngine, TrajectoryLedger
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.resume import resolve
-from copris_lightning.rollout.engine import EngineSpec
 from copris_lightning.runs import Place, _claim, place_of
-
-CALLBACKS = ("WeightSync", "TrajectoryLedger", "RunSummary")
-LOGGERS: dict[str, Any] = {
-    "tensorboard": {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {"save_dir": "runs", "name": "mine"},
-    },
-    "csv": {
-        "class_path": "lightning.pytorch.loggers.CSVLogger",
-        "init_args": {"save_dir": "runs", "name": "mine"},
-    },
-    "none": False,
-    "default": True,
-    "without directories": {"class_path": "test_runs.Plain"},
-}
-
-
-class Plain(Logger):
-    """A logger whose directory is not a run's, as WandbLogger's is not."""
-
-    name = "mine"
-    version = "same"
-    save_dir = "runs"
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None: ...
-
-    @rank_zero_only
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None: ...
 
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> Path:
     """A directory with a small config, ``run.yaml``."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    data = {
-        "prompts": {
-            "class_path": "copris_lightning.quickstart.task.AdditionPrompts",
-            "init_args": {"size": 64},
-        },
-        "val_prompts": {"class_path": "copris_testing.SomePrompts", "init_args": {"size": 4}},
-        "predict_prompts": {"class_path": "copris_testing.SomePrompts", "init_args": {"size": 4}},
-        "reward": {"class_path": "simulated_fits.Parity"},
-        "engine": {"class_path": "copris_lightning.SimulatedEngine"},
-        "cap": 8,
-        "batch_groups": 2,
-        "group_size": 2,
-        "max_prompt_tokens": 32,
-        "max_new_tokens": 32,
-    }
-    config = {
-        "model": {
-            "class_path": "copris_lightning.CoprisModule",
-            "init_args": {"model": str(tiny_checkpoint)},
-        },
-        "data": {"class_path": "copris_lightning.RolloutDataModule", "init_args": data},
-        "trainer": {
-            "accelerator": "cpu",
-            "max_steps": 2,
-            "log_every_n_steps": 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "limit_val_batches": 0,
-            "logger": False,
-            "callbacks": [
-                *({"class_path": f"copris_lightning.{n}"} for n in CALLBACKS),
-                {
-                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-                    "init_args": {"every_n_train_steps": 1, "save_top_k": -1},
-                },
-            ],
-        },
-    }
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    settle(tmp_path, tiny_checkpoint)
     return tmp_path
-
-
-async def boot(self: SimulatedEngine, spec: EngineSpec) -> None:
-    pytest.fail("the engine was booted")
-
-
-@pytest.fixture
-def never_boots(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SimulatedEngine, "start", boot)
-
-
-def change(home: Path, **trainer: Any) -> None:
-    config = yaml.safe_load((home / "run.yaml").read_text())
-    callbacks = trainer.pop("more_callbacks", [])
-    config["trainer"].update(trainer)
-    config["trainer"]["callbacks"] += callbacks
-    (home / "run.yaml").write_text(yaml.safe_dump(config))
-
-
-def copris(command: str, *options: str) -> int:
-    return main([command, "--config", "run.yaml", *options])
-
-
-def batches(directory: Path) -> list[int]:
-    return sorted(int(p.stem.split("_")[1]) for p in directory.glob("ledger/batch_*.jsonl"))
 
 
 @pytest.mark.parametrize("logger", LOGGERS)
@@ -164,20 +67,6 @@ def test_new_runs_get_directories_and_the_last_one_is_continued_in_its_own(
         assert steps == {0, 1, 2, 3}
     if logger in ("tensorboard", "default"):
         assert len(list(second.glob("events.*"))) == 2
-
-
-@pytest.mark.usefixtures("never_boots")
-@pytest.mark.parametrize("command", ["fit", "validate", "predict"])
-def test_no_last_checkpoint_is_an_error_that_says_where_it_looked(
-    command: str, home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (home / "lightning_logs" / "version_0" / "checkpoints").mkdir(parents=True)
-    assert copris(command, "--ckpt_path=last") == 2
-    error = capsys.readouterr().err
-    assert f"--ckpt_path=last: no checkpoint in {home}/lightning_logs/version_*/check" in error
-    assert copris(command, "--ckpt_path=no/such.ckpt") == 2
-    assert "--ckpt_path=no/such.ckpt: there is no such" in capsys.readouterr().err
-    assert [p.name for p in (home / "lightning_logs").iterdir()] == ["version_0"]
 
 
 def test_auto_starts_where_there_is_none_goes_on_and_ends_well(
@@ -242,7 +131,7 @@ ON_EXCEPTION = {
 def test_a_checkpoint_of_a_failed_run_is_used_when_asked_for_only(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    change(home, more_callbacks=[ON_EXCEPTION, {"class_path": "test_runs.Fails"}], max_steps=3)
+    change(home, more_callbacks=[ON_EXCEPTION, {"class_path": "small_runs.Fails"}], max_steps=3)
     monkeypatch.setenv("FAIL_AT", "2")
     with pytest.raises(RuntimeError, match="on purpose"):
         copris("fit")
@@ -267,18 +156,6 @@ def test_a_checkpoint_of_a_failed_run_is_used_when_asked_for_only(
     assert batches(first) == [0, 1, 2]
 
 
-class Fails(L.Callback):
-    """Fails in a step, or in ``setup``."""
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if os.environ["FAIL_AT"] == "-1":
-            raise RuntimeError("on purpose")
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if str(trainer.global_step) == os.environ["FAIL_AT"]:
-            raise RuntimeError("on purpose")
-
-
 def test_a_job_that_slurm_started_again_goes_on_and_a_new_one_is_new(
     home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,66 +176,6 @@ def test_a_job_that_slurm_started_again_goes_on_and_a_new_one_is_new(
     assert copris("fit", "--trainer.max_steps=3") == 0
     assert f"checkpoint: {home / 'hpc_ckpt_1.ckpt'} (step 2)" in capsys.readouterr().out
     assert batches(home / "lightning_logs" / "version_0") == [0, 1, 2]
-
-
-@pytest.mark.usefixtures("never_boots")
-@pytest.mark.parametrize(
-    ("trainer", "options", "key"),
-    [
-        ({"logger": LOGGERS["csv"]}, [], "trainer.logger.init_args.save_dir"),
-        ({"logger": LOGGERS["tensorboard"]}, [], "trainer.logger.init_args.save_dir"),
-        ({"default_root_dir": "runs"}, [], "trainer.default_root_dir"),
-        ({"logger": {"class_path": "test_runs.Plain"}}, [], "trainer.logger.init_args.save_dir"),
-        (
-            {},
-            ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=runs/x"],
-            r"trainer.callbacks \(ModelCheckpoint.dirpath\)",
-        ),
-        (
-            {},
-            ["--trainer.callbacks+=OnExceptionCheckpoint", "--trainer.callbacks.dirpath=runs"],
-            r"trainer.callbacks \(OnExceptionCheckpoint.dirpath\)",
-        ),
-        (
-            {},
-            [
-                "--trainer.callbacks+=copris_lightning.TrajectoryLedger",
-                "--trainer.callbacks.directory=runs",
-            ],
-            "TrajectoryLedger.directory",
-        ),
-    ],
-)
-@pytest.mark.parametrize("command", ["fit", "predict"])
-def test_directories_that_cannot_be_written_are_found_before_the_engine_boots(
-    command: str,
-    trainer: dict[str, Any],
-    options: list[str],
-    key: str,
-    home: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (home / "runs").write_text("a file")
-    change(home, **trainer)
-    assert copris(command, *options) == 2
-    error = capsys.readouterr().err
-    assert re.search(rf"^copris: {key}: cannot write to {home}/runs\S* \(", error, re.M), error
-
-
-@pytest.mark.usefixtures("never_boots")
-def test_a_ledger_that_another_process_writes_is_refused(
-    home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--trainer.callbacks+=copris_lightning.TrajectoryLedger"]
-    options += ["--trainer.callbacks.directory=shared"]
-    (home / "shared" / "ledger").mkdir(parents=True)
-    with (home / "shared" / "ledger" / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert copris("fit", *options) == 2
-    assert "shared/ledger: another run writes its ledger there now" in capsys.readouterr().err
-    (home / "shared" / "ledger" / "batch_000000.jsonl").touch()
-    assert copris("fit", *options) == 2
-    assert "holds the ledger of another run" in capsys.readouterr().err
 
 
 def test_no_two_processes_get_the_same_directory(tmp_path: Path) -> None:
@@ -434,14 +251,6 @@ def test_a_script_resumes_in_its_runs_directory_too(
     assert {row["batch"] for row in ledger(second)} == {0, 1, 2}
     with pytest.raises(ConfigurationError, match="nothing is left to train"):
         fit(1, ckpt_path="last")
-
-
-@pytest.mark.parametrize("directory", ["a file", "nowhere"])
-def test_a_directory_for_weights_must_be_there_and_writable(directory: str, tmp_path: Path) -> None:
-    (tmp_path / "a file").touch()
-    engine = VLLMEngine(sync_directory=str(tmp_path / directory))
-    with pytest.raises(ConfigurationError, match=r"engine.init_args.sync_directory=.* cannot"):
-        engine.validate(EngineSpec("m", 8, 100, 98))
 
 
 def test_a_bucket_is_left_to_the_logger(tmp_path: Path) -> None:
