@@ -17,6 +17,9 @@ def main(args: Sequence[str] | None = None) -> int:
         from copris_lightning.serve import main as serve
 
         return serve(given[1:])
+    from copris_lightning.search_path import append_working_directory
+
+    append_working_directory()
     from copris_lightning.cli import main as run
 
     return run(args)

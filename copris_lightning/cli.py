@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from copris_lightning.datamodules.checkpoint_file import check_file, read
 from copris_lightning.errors import ConfigurationError
@@ -19,6 +20,14 @@ from copris_lightning.parsing import (
     check_files,
     configuration_error,
     refuse_doubled_keys,
+)
+from copris_lightning.resume import NothingToTrain, begin
+from copris_lightning.runs import directory_of, record
+
+_EPILOG = (
+    "`copris serve --help` is about vLLM servers for rollouts. Of each command, `--ckpt_path last` "
+    "is the newest checkpoint of the newest run under the logger's name, and an error if there is "
+    "none; `auto` starts a new run then."
 )
 
 
@@ -47,6 +56,43 @@ class CoprisCLI(LightningCLI):
             if (read(Path(given)) or {}).get("hyper_parameters"):
                 super()._parse_ckpt_path()
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Decide what to go on from and where to write, then run."""
+        asked = self.config_init[subcommand].get("ckpt_path")
+        try:
+            found = begin(self.trainer, subcommand, asked)
+        except NothingToTrain as done:
+            # A scheduler that starts a finished job again has nothing to complain about.
+            if asked != "auto":
+                raise
+            print(f"copris: {done}")
+            return
+        self.config_init[subcommand]["ckpt_path"] = found
+        super()._run_subcommand(subcommand)
+
+
+class RunConfig(SaveConfigCallback):
+    """Saves the config in the run's directory, beside those of the run that it goes on from:
+    ``config.yaml``, then ``config_1.yaml``, ..."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write the file, once."""
+        directory = directory_of(trainer)
+        if self.already_saved:
+            return
+        if trainer.is_global_zero:
+            directory.mkdir(parents=True, exist_ok=True)
+            names = (f"config_{i}.yaml" if i else "config.yaml" for i in count())
+            path = next(directory / name for name in names if not (directory / name).exists())
+            self.parser.save(self.config, path, skip_none=False, multifile=False)
+        self.already_saved = True
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say in the checkpoint whose it is."""
+        record(trainer, checkpoint)
+
 
 def _seed(seed_everything: bool | int) -> int:
     """``true`` draws a seed for the trainer only; the rollout's must be known to be repeated."""
@@ -70,10 +116,10 @@ def main(args: Sequence[str] | None = None) -> int:
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=CoprisParser,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=RunConfig,
             # A step takes as long as its rollout: all are worth logging, not one in fifty.
             trainer_defaults={"log_every_n_steps": 1},
-            parser_kwargs={"epilog": "`copris serve --help` is about vLLM servers for rollouts."},
+            parser_kwargs={"epilog": _EPILOG},
             seed_everything_default=0,
             # The module takes optimizer and schedule itself, and steps the schedule per step.
             auto_configure_optimizers=False,

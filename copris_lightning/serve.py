@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import runpy
 import sys
 from collections.abc import Sequence
 
 from copris_lightning.rollout.owner import OWNER_VARIABLE, this_process
+from copris_lightning.search_path import SAFE_PATH, SET_HERE, append_for_server
 
 _VLLM = "vllm.entrypoints.launchers.api_server.entry"
 _SET_HERE = {
@@ -48,7 +50,7 @@ def main(args: Sequence[str]) -> int:
         return 2
     # The server finds a path from wherever it is; the trainer compares it with its own.
     model = os.path.realpath(known.model) if os.path.isdir(known.model) else known.model
-    command = [sys.executable, "-m", _VLLM, "--model", model]
+    command = [sys.executable, "-m", "copris_lightning.serve", "--model", model]
     command += ["--host", known.host, "--port", str(known.port), "--enable-scale-out"]
     command += [part for pair in _SET_HERE.items() for part in pair]
     environment = {
@@ -60,4 +62,17 @@ def main(args: Sequence[str]) -> int:
     # As in VLLMEngine: vLLM's CPU worker binds its threads itself.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         environment.pop(name, None)
+    # Not the working directory first, as `python -m` has it: see `search_path`.
+    if not environment.get(SAFE_PATH):
+        environment[SAFE_PATH] = "1" if sys.flags.safe_path else SET_HERE
     os.execve(sys.executable, command + others, environment)
+
+
+def _become_server() -> None:
+    """What the command above starts."""
+    append_for_server()
+    runpy.run_module(_VLLM, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _become_server()

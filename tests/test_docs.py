@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from newcomer import SIMULATED, SMALL, blocks, environment, settle
 
 from copris_lightning.__main__ import main
 
@@ -19,49 +18,30 @@ ROOT = Path(__file__).parents[1]
 DOCS = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{p.name}" for p in ROOT.glob("docs/*.md")))
 
 
-def blocks(language: str, documents: Sequence[str] = DOCS) -> list[str]:
-    text = "\n".join((ROOT / name).read_text() for name in documents)
-    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
-
-
 def shell_commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines = [line.split("#")[0].strip() for b in blocks("bash", DOCS) for line in b.splitlines()]
     return sorted({line for line in lines if line})
 
 
 @pytest.fixture
-def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> Path:
-    """A directory with the files that the README has its reader write."""
-    python, script = blocks("python", ["README.md"])
-    (tmp_path / "my_task.py").write_text(python)
-    local = str(tiny_checkpoint)
-    (yaml,) = (b for b in blocks("yaml") if "my_run.yaml" in b)
-    (tmp_path / "my_run.yaml").write_text(yaml.replace("Qwen/Qwen3-0.6B", local))
-    (tmp_path / "my_script.py").write_text(script.replace("Qwen/Qwen3-0.6B", local))
-    rows = [{"question": f"{i}?", "answer": str(i)} for i in range(64)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> Path:
+    """The README's reader's directory. Nothing but the command itself puts it on the path."""
+    settle(tmp_path, tiny_checkpoint)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "my_task", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     return tmp_path
 
 
-# The README's lengths are a real model's; the tiny one takes 512 tokens in all.
-FIT = [
-    *("--data.init_args.max_prompt_tokens=64", "--data.init_args.max_new_tokens=64"),
-    *("--data.init_args.engine=copris_lightning.SimulatedEngine", "--trainer.accelerator=cpu"),
-    "--trainer.max_steps=2",
-]
-
-
+FIT = [*SMALL, SIMULATED, "--trainer.max_steps=2"]
 RUNS = [c for c in shell_commands() if c.startswith("copris ") and "serve" not in c]
 SERVERS = [c for c in shell_commands() if c.startswith("copris serve ")]
 
 
 @pytest.mark.parametrize("command", RUNS)
 def test_commands_of_the_documents_are_understood(
-    command: str, newcomer: Path, capsys: pytest.CaptureFixture[str]
+    command: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main([*shlex.split(command)[1:], "--print_config"])
@@ -84,7 +64,7 @@ def test_servers_of_the_documents_are_started_with_options_that_vllm_knows(
 
 
 def test_the_checkpoint_that_the_page_on_lora_saves_is_the_merged_model(
-    newcomer: Path, tiny_checkpoint: Path
+    home: Path, tiny_checkpoint: Path
 ) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -97,23 +77,23 @@ def test_the_checkpoint_that_the_page_on_lora_saves_is_the_merged_model(
     with torch.no_grad():
         for parameter in trained.parameters():
             parameter.add_(0.01)
-    torch.save({"state_dict": trained.state_dict()}, newcomer / "last.ckpt")
+    torch.save({"state_dict": trained.state_dict()}, home / "last.ckpt")
     names = {"torch": torch, "CoprisModule": CoprisModule, "LoRA": LoRA}
     local = block.replace("Qwen/Qwen3-0.6B", str(tiny_checkpoint))
     exec(local, {**names, "AutoModelForCausalLM": AutoModelForCausalLM})
-    saved = AutoModelForCausalLM.from_pretrained(newcomer / "trained", dtype="float32")
+    saved = AutoModelForCausalLM.from_pretrained(home / "trained", dtype="float32")
     for name, tensor in trained.named_weights():
         assert torch.equal(saved.get_parameter(name), tensor)
 
 
-OVERLAYS = [block for block in blocks("yaml") if "my_run.yaml" not in block]
+OVERLAYS = [block for block in blocks("yaml", DOCS) if "my_run.yaml" not in block]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=range(len(OVERLAYS)))
 def test_parts_of_a_config_in_the_documents_train(
-    overlay: str, newcomer: Path, capsys: pytest.CaptureFixture[str]
+    overlay: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (newcomer / "overlay.yaml").write_text(overlay)
+    (home / "overlay.yaml").write_text(overlay)
     assert main(["fit", "--config", "my_run.yaml", "--config", "overlay.yaml", *FIT]) == 0
     assert "2 batches trained" in capsys.readouterr().out
 
@@ -127,24 +107,19 @@ def test_figures_and_files_that_the_documents_name_exist() -> None:
             assert (ROOT / path).exists(), (name, path)
 
 
-def test_the_readmes_yaml_trains(newcomer: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["fit", "--config", "my_run.yaml", *FIT]) == 0
-    assert "2 batches trained" in capsys.readouterr().out
-
-
-def test_the_readmes_script_trains(newcomer: Path) -> None:
-    script = (newcomer / "my_script.py").read_text()
+def test_the_readmes_script_trains(home: Path) -> None:
+    script = (home / "my_script.py").read_text()
     engine = 'VLLMEngine({"dtype": "float32", "enforce_eager": True})'
     assert engine in script
     script = script.replace(engine, "SimulatedEngine()").replace("VLLMEngine", "SimulatedEngine")
     script = script.replace("max_steps=200", 'max_steps=2, accelerator="cpu"')
-    (newcomer / "my_script.py").write_text(script)
+    (home / "my_script.py").write_text(script)
     result = subprocess.run(
         [sys.executable, "my_script.py"],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": ""},
+        env=environment(),
     )
     assert result.returncode == 0, result.stderr[-3000:]
 

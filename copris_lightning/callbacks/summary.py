@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from copris_lightning.core.batching import MicroBatch
+from copris_lightning.runs import directory_of
 
 
 class RunSummary(L.Callback):
@@ -25,11 +26,11 @@ class RunSummary(L.Callback):
         self.first = first
         self.last = last
         self.history: dict[str, list[float]] = defaultdict(list)
-        self._log_dir: str | None = None
+        self._directory = ""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Find out where the run logs (on every rank: Lightning asks rank 0)."""
-        self._log_dir = trainer.log_dir
+        """Find out where the run writes."""
+        self._directory = str(directory_of(trainer))
 
     def on_train_batch_end(
         self,
@@ -63,7 +64,7 @@ class RunSummary(L.Callback):
         parity = self.history["sync/parity_max_abs"]
         if parity:
             lines.append(f"worst parity      {max(parity):.2e} nats in {len(parity)} syncs")
-        lines.append(f"logs              {self._log_dir or '(no logger)'}")
+        lines.append(f"logs              {self._directory}")
         title = f"{len(rewards)} batches trained"
         print("\n".join(["", title, "-" * len(title), *(line for line in lines if line)]))
 

@@ -30,3 +30,16 @@ class WeightSyncer(Protocol):
     def check(self, trainer: L.Trainer) -> None:
         """Refuse a trainer whose weights it cannot read."""
         ...
+
+
+@runtime_checkable
+class RunWriter(Protocol):
+    """A callback that writes files of a run."""
+
+    def open(self, trainer: L.Trainer, stage: str) -> None:
+        """Called on every rank before the engine boots.
+
+        Raises:
+            ConfigurationError: it cannot write there, or what stands there is another run's.
+        """
+        ...

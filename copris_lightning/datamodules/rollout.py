@@ -30,7 +30,7 @@ from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.inspection import usable_prompts
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
-from copris_lightning.datamodules.protocols import RolloutListener
+from copris_lightning.datamodules.protocols import RolloutListener, RunWriter
 from copris_lightning.datamodules.sampling import Evaluation, Sampling
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
@@ -44,9 +44,11 @@ from copris_lightning.pretrained import (
     stop_token_ids,
 )
 from copris_lightning.pretrained_checks import check_pretrained
+from copris_lightning.resume import attach
 from copris_lightning.rollout.engine import Engine, EngineSpec, RankedSync, Weights
 from copris_lightning.rollout.rewards import Reward, RewardScorer
 from copris_lightning.rollout.scheduler import Event
+from copris_lightning.runs import directory_of
 from copris_lightning.trainer_parts import callbacks
 
 T = TypeVar("T")
@@ -226,6 +228,18 @@ class RolloutDataModule(L.LightningDataModule):
         self._probe_tokens = 0
         self._last_state: dict[str, Any] = {}
 
+    @property
+    def trainer(self) -> Any:
+        """The trainer of the running command, or ``None``."""
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: Any) -> None:
+        # Lightning sets this before it chooses a checkpoint and starts loggers.
+        self._trainer = trainer
+        if isinstance(trainer, L.Trainer):
+            attach(trainer)
+
     # -- setting up and closing ------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -257,6 +271,10 @@ class RolloutDataModule(L.LightningDataModule):
             epoch = shape.epoch(len(self._streams["prompts"]), self.settings.batch_groups)
             check_epochs(self.trainer, shape, epoch)
         check_sync(self.trainer)
+        directory_of(self.trainer)
+        for callback in callbacks(self.trainer):
+            if isinstance(callback, RunWriter):
+                callback.open(self.trainer, stage)
         spec = EngineSpec(
             model=self.model,
             max_num_seqs=self.settings.cap,

@@ -21,6 +21,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from copris_lightning.rollout.spawning import SecondRun, loading
+from copris_lightning.search_path import forget_own_safe_path
 
 if TYPE_CHECKING:
     import asyncio
@@ -91,6 +92,7 @@ def run(connection_fd: int, trainer_fd: int) -> None:
         connection_fd: file descriptor of the connection to the trainer.
         trainer_fd: of a pipe whose other end only the trainer has.
     """
+    forget_own_safe_path()
     _leave_signals_to_the_trainer()
     threading.Thread(target=_end_with, args=(trainer_fd,), daemon=True).start()
     connection = Connection(connection_fd)

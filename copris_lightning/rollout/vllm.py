@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import fields
@@ -20,7 +21,8 @@ from copris_lightning.rollout.arrival import fault
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
 from copris_lightning.rollout.vllm_processes import VLLMProcesses
 from copris_lightning.rollout.watchdog import Deadlines
-from copris_lightning.rollout.weight_files import hand_over_prefix, handed_over
+from copris_lightning.rollout.weight_files import check_hand_over, hand_over_prefix, handed_over
+from copris_lightning.search_path import SAFE_PATH, SET_HERE
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -94,6 +96,8 @@ class VLLMEngine:
         self.environment: dict[str, str | None] = {
             "OMP_NUM_THREADS": None,
             "MKL_NUM_THREADS": None,
+            # vLLM starts `python -m`, where a user's queue.py would be imported for Python's own.
+            SAFE_PATH: os.environ.get(SAFE_PATH) or SET_HERE,
             **(environment or {}),
         }
         self.request_seeds = request_seeds
@@ -148,6 +152,8 @@ class VLLMEngine:
                     f"{_vllm_version()} has no such engine argument"
                 )
         self._check_gpu()
+        if self.transport == "files":
+            check_hand_over(self.sync_directory)
         if spec.adapter is not None:
             self._check_adapter(spec.adapter)
         for name, needed, key in (

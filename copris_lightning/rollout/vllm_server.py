@@ -10,7 +10,6 @@ import os
 import resource
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -26,7 +25,7 @@ from copris_lightning.rollout.vllm_client import (
     Timeouts,
     VLLMServer,
 )
-from copris_lightning.rollout.weight_files import handed_over
+from copris_lightning.rollout.weight_files import check_hand_over, handed_over
 
 T = TypeVar("T")
 
@@ -114,13 +113,7 @@ class VLLMServerEngine:
                 raise ConfigurationError(
                     f"{KEY}.{name}={getattr(self, name)} must be a number above 0"
                 )
-        directory = self.sync_directory
-        if directory is not None and not (
-            Path(directory).is_dir() and os.access(directory, os.W_OK)
-        ):
-            raise ConfigurationError(
-                f"{KEY}.sync_directory={directory!r} is no directory that can be written to"
-            )
+        check_hand_over(self.sync_directory)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = spec.max_num_seqs + _OTHER_FILES
         if files != resource.RLIM_INFINITY and files < needed:

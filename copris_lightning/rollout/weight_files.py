@@ -12,6 +12,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from copris_lightning.directories import check_writable
+
+KEY = "data.init_args.engine.init_args.sync_directory"
+
 
 def hand_over_prefix(directory: str | None) -> str:
     """How all paths begin that this process hands weights over through.
@@ -22,6 +26,19 @@ def hand_over_prefix(directory: str | None) -> str:
     shared = Path("/dev/shm")
     default = shared if shared.is_dir() else Path(tempfile.gettempdir())
     return str((Path(directory).absolute() if directory else default) / f"copris-{os.getpid()}-")
+
+
+def check_hand_over(directory: str | None) -> None:
+    """Refuse a directory that weights cannot be handed over through.
+
+    Args:
+        directory: as for :func:`hand_over_prefix`; it has to be there, since others see it too.
+
+    Raises:
+        ConfigurationError: names it.
+    """
+    parent = Path(hand_over_prefix(directory)).parent
+    check_writable(parent, KEY if directory is None else f"{KEY}={directory!r}", create=False)
 
 
 @contextmanager
