@@ -50,7 +50,8 @@ class CoprisCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Look at the file before Lightning loads it, which it does for hyper-parameters only."""
-        given = self.config[self.config.subcommand].get("ckpt_path")
+        command = self.config.get("subcommand")
+        given = self.config[command].get("ckpt_path") if command else None
         if given and Path(given).is_file():
             check_file(Path(given))
             if (read(Path(given)) or {}).get("hyper_parameters"):

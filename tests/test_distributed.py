@@ -223,3 +223,17 @@ def test_fused_and_renamed_weights_are_put_together_as_they_would_be_saved(
         assert len(result) == 4
         for gathered, expected in result.values():
             assert gathered == expected
+
+
+def test_a_checkpoint_within_a_step_is_the_same_on_all_ranks(results: dict[str, Any]) -> None:
+    for result in outcomes(results, "ddp_cut_within_a_step"):
+        uncut, cut = result["uncut"], result["cut"]
+        assert len(cut["losses"]) == 2
+        # The first of them is of a batch that was trained on before and after the cut.
+        assert cut["losses"] == pytest.approx(uncut["losses"][1:], rel=1e-5)
+        for ours, theirs in zip(cut["weights"], uncut["weights"][1:], strict=True):
+            assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+        batches = [record for record in uncut["ledger"] if record["batch"] >= 1]
+        assert cut["ledger"] == batches
+        for name in ("staleness/lag_mean", "staleness/lag_max", "is/ratio_mean"):
+            assert cut["metrics"][name] == pytest.approx(uncut["metrics"][name], rel=1e-6)

@@ -158,6 +158,29 @@ def fsdp2_in_parts_resumed(checkpoint: Path, directory: Path) -> Any:
     return resume("fsdp2_in_parts", checkpoint, directory)
 
 
+class SaveWithinAStep(L.Callback):
+    """After the third of a batch's four micro-batches, in its second update."""
+
+    def __init__(self, directory: Path) -> None:
+        self.file = directory / "within.ckpt"
+        self.micro_batches = 0
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.micro_batches += 1
+        if self.micro_batches == 4 + 3:
+            trainer.save_checkpoint(self.file)
+
+
+@scenario
+def ddp_cut_within_a_step(checkpoint: Path, directory: Path) -> Any:
+    """The uncut run, and what goes on from a checkpoint of it."""
+    save = SaveWithinAStep(directory)
+    options: dict[str, Any] = {"data": {"updates_per_batch": 2}, "max_steps": 6}
+    uncut = train("ddp", checkpoint, directory / "uncut", callbacks=[save], **options)
+    cut = train("ddp", checkpoint, directory / "cut", ckpt_path=save.file, **options)
+    return {"uncut": uncut, "cut": cut}
+
+
 @scenario
 def fsdp2_without_sizes(checkpoint: Path, directory: Path) -> Any:
     try:
