@@ -123,7 +123,12 @@ class ParityProbe:
         before = self._before or after
         theirs = getattr(data.engine, "dtype", None)
         ours = getattr(trainer.lightning_module, "dtype_name", None)
-        cap = _PLAUSIBLE[theirs == ours == "float32" and str(trainer.precision) == "32-true"]
+        is_exact = (
+            theirs == ours == "float32"
+            and str(trainer.precision) == "32-true"
+            and torch.get_float32_matmul_precision() == "highest"
+        )
+        cap = _PLAUSIBLE[is_exact]
         return Difference(
             min(before.largest, after.largest, cap[0] / _FACTOR[0]),
             min(before.mean, after.mean, cap[1] / _FACTOR[1]),

@@ -21,127 +21,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-Tensors = Iterator[tuple[str, Tensor]]
-"""By the names of a checkpoint."""
+from copris_lightning.rollout.copies import Copies, Tensors, Written, checksum, column_checksums
 
 _COLUMNS = 16
 """Of a weight that are asked for."""
-
-_CHUNK = 2**22
-"""Elements whose checksum is computed at a time."""
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _mixed(tensor: Tensor) -> Tensor:
-    """A number for each element that its bits determine, 0 for zero; int64."""
-    bits = tensor.contiguous().view(_BITS[tensor.element_size()]).to(torch.int64)
-    bits = bits * 0x9E3779B97F4A7C1
-    return (bits ^ (bits >> 31)) * 0x94D049BB133111EB
-
-
-def checksum(tensor: Tensor) -> int:
-    """Of a tensor's elements, whatever their order and however many zeros stand among them."""
-    flat = tensor.detach().reshape(-1)
-    total = sum(int(_mixed(flat[i : i + _CHUNK]).sum()) for i in range(0, len(flat), _CHUNK))
-    return total % 2**64
-
-
-@dataclass
-class _Written:
-    """What was copied into a storage, by where: checksums, and the names it was made of."""
-
-    storage: StorageWeakRef
-    """Keeps the storage's number from being given to another; the memory is let go."""
-    regions: dict[tuple[object, ...], int] = field(default_factory=dict)
-    names: set[str] = field(default_factory=set)
-
-    @property
-    def checksum(self) -> int:
-        return sum(self.regions.values()) % 2**64
-
-
-class _Copies(TorchDispatchMode):
-    """Watches which tensors were copied where, within the block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.is_paused = False
-        self.sent: dict[str, int] = {}
-        self._names: dict[int, tuple[StorageWeakRef, set[str]]] = {}
-        self._written: dict[int, _Written] = {}
-
-    def watched(self, tensors: Tensors) -> Tensors:
-        """The same tensors, recognized from then on."""
-        for name, tensor in tensors:
-            if not _is_whole(tensor):
-                tensor = tensor.clone()  # a storage for each, or they could not be told apart
-            self.sent[name] = checksum(tensor)
-            self._remember(tensor, {name})
-            yield name, tensor
-
-    def of(self, tensor: Tensor) -> _Written | None:
-        """What was copied into a parameter."""
-        return self._written.get(tensor.untyped_storage()._cdata)
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        result = func(*args, **(kwargs or {}))
-        if self.is_paused:
-            return result
-        if func is torch.ops.aten.copy_.default:
-            self._copied(args[0], args[1])
-            return result
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        names = set().union(*map(self._names_of, tensors))
-        if names:
-            for made in tree_leaves(result):
-                if isinstance(made, Tensor) and not self._names_of(made):
-                    self._remember(made, names)
-        return result
-
-    def _remember(self, tensor: Tensor, names: set[str]) -> None:
-        storage = tensor.untyped_storage()
-        self._names[storage._cdata] = (StorageWeakRef(storage), names)
-
-    def _names_of(self, tensor: Tensor) -> set[str]:
-        key = tensor.untyped_storage()._cdata
-        if key in self._names:
-            return self._names[key][1]
-        return self._written[key].names if key in self._written else set()
-
-    def _copied(self, target: Tensor, source: Tensor) -> None:
-        if target.is_meta or source.is_meta:
-            return
-        storage = target.untyped_storage()
-        before = self.of(source)
-        if before is not None and _is_whole(source) and source.dtype == target.dtype:
-            # Passed on: it still has to be what was sent.
-            value = before.checksum
-        else:
-            value = checksum(source.expand(target.shape).to(target.dtype))
-        names = self._names_of(source)
-        written = self._written.get(storage._cdata)
-        if written is None or _is_whole(target):
-            written = self._written[storage._cdata] = _Written(StorageWeakRef(storage))
-        where = (target.storage_offset(), tuple(target.shape), target.stride())
-        written.regions[where] = value
-        written.names |= names
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
 
 
 class Arrival:
@@ -156,7 +45,7 @@ class Arrival:
         self._model = model
         self._dtype = dtype
         self.sent: dict[str, int] = {}
-        self._expected: dict[str, int] = {}
+        self._expected: dict[str, Written] = {}
         self._columns: dict[str, tuple[Tensor, Tensor]] = {}
         self._experts: dict[str, tuple[Tensor, int]] = {}
         self._sums: dict[str, Tensor] = {}
@@ -170,7 +59,7 @@ class Arrival:
         """Around a load: notes what becomes of the tensors that pass through what it gives."""
         self._columns, self._experts, self._expected = {}, {}, {}
         self._wrong, self._absent = set(), set()
-        copies = _Copies()
+        copies = Copies()
         names = {module: name for name, module in self._model.named_modules()}
         with ExitStack() as hooks:
             for module in names:
@@ -182,7 +71,7 @@ class Arrival:
         self._settle(copies)
 
     @contextmanager
-    def _hooked(self, method: Any, names: dict[nn.Module, str], copies: _Copies) -> Iterator[None]:
+    def _hooked(self, method: Any, names: dict[nn.Module, str], copies: Copies) -> Iterator[None]:
         """Looks at a layer's weights once more before its kernel gets them."""
         if "process_weights_after_loading" in vars(method):
             yield  # one for several layers
@@ -202,26 +91,28 @@ class Arrival:
             del method.process_weights_after_loading
 
     @torch.no_grad()
-    def _note_loaded(self, name: str, layer: Any, copies: _Copies) -> None:
+    def _note_loaded(self, name: str, layer: Any, copies: Copies) -> None:
+        if _is_linear(layer):
+            self._choose_columns(name, layer.weight)
         for key, parameter in layer.named_parameters(recurse=False):
             if parameter.numel() == 0 or parameter.is_meta:
                 continue
             written = copies.of(parameter)
+            if key == "weight" and name in self._columns:
+                total = int(self._sums[name].sum()) % 2**64
+            else:
+                total = checksum(parameter)
             if written is None:
                 self._absent.add(f"{name}.{key}")
-            elif checksum(parameter) != written.checksum:
+            elif not written.agrees(total):
                 self._wrong.add(f"{name}.{key}")
-        if _is_linear(layer):
-            self._choose_columns(name, layer.weight)
-        elif _has_experts(layer):
+        if _has_experts(layer):
             both = checksum(layer.w13_weight) + checksum(layer.w2_weight)
             self._experts[name] = (_expert_outputs(layer, self._dtype), both % 2**64)
 
     def _choose_columns(self, name: str, weight: Any) -> None:
         """Keep columns to compare, first of all such as changed since the last load."""
-        rows = max(1, _CHUNK // weight.shape[1])
-        parts = weight.detach().split(rows)
-        sums = torch.stack([_mixed(part).sum(dim=0) for part in parts]).sum(dim=0)
+        sums = column_checksums(weight)
         before = self._sums.get(name)
         changed = torch.zeros_like(sums) if before is None else (sums != before).long()
         # Those that changed come first; among equals, spread evenly.
@@ -230,15 +121,13 @@ class Arrival:
         self._sums[name] = sums
         self._columns[name] = (chosen, weight.detach()[:, chosen].clone())
 
-    def _settle(self, copies: _Copies) -> None:
+    def _settle(self, copies: Copies) -> None:
         """Keep what is needed to compare again later: numbers and a few columns."""
-        used = set()
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             written = copies.of(parameter)
             if written is not None:
-                used |= written.names
-                self._expected[name] = written.checksum
-        used |= set().union(*(w.names for w in copies._written.values()))
+                self._expected[name] = written
+        used = copies.used
         before, self.sent = self.sent, copies.sent
         self._unused = [
             n for n in self.sent if n not in used and before.get(n, self.sent[n]) != self.sent[n]
@@ -264,7 +153,7 @@ class Arrival:
                     continue
                 if full not in self._expected:
                     missing.add(full)
-                elif checksum(parameter) != self._expected[full]:
+                elif not self._expected[full].agrees(checksum(parameter)):
                     stale.add(full)
             if _is_linear(module) or name in self._columns:
                 if name not in self._columns:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from copris_lightning.rollout.arrival import Arrival, adapter_report, checksum, fault
+from copris_lightning.rollout.arrival import Arrival, adapter_report, fault
+from copris_lightning.rollout.copies import checksum
 
 Sent = dict[str, Tensor]
 
@@ -54,6 +55,7 @@ class Model(nn.Module):
         self.head.weight = self.embed.weight
         self.skipped: set[str] = set()
         self.packs_head = True
+        self.adds_one = False
 
     def load(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
         self.qkv.weight = nn.Parameter(torch.full((6, 4), 7.0), requires_grad=False)
@@ -65,6 +67,8 @@ class Model(nn.Module):
                 self.embed.weight[7:].data.fill_(0)
             elif name == "norm":
                 self.norm.weight.data.copy_(tensor)
+                if self.adds_one:
+                    self.norm.weight.data.add_(1)
             elif name in "qkv":
                 part = self.qkv.weight.data.narrow(0, 2 * "qkv".index(name), 2)
                 part.copy_(tensor.t())  # stored the other way around
@@ -111,6 +115,15 @@ def test_loads_that_change_little_or_nothing_are_no_error(
     for changed in (sent, sent, step(sent, "embed"), step(sent, "v"), weights(1)):
         assert fault([load(arrival, model, changed)]) is None
     assert "has what was sent, 5 tensors" in arrival.explain(iter(changed.items()))
+
+
+def test_what_a_loader_makes_of_a_weight_is_not_held_against_it(
+    running: tuple[Arrival, Model, Sent],
+) -> None:
+    arrival, model, sent = running
+    model.adds_one = True
+    for changed in (sent, step(sent, "norm")):
+        assert fault([load(arrival, model, changed)]) is None
 
 
 def stale_head(model: Model) -> None:
