@@ -41,6 +41,8 @@ _ORPHAN_S = 5.0
 """How long the workers may outlive the engine's core."""
 _GIVE_UP_S = 30.0
 """How long a boot may take to notice that its processes were killed."""
+_REAP_TIMES = 50
+"""How often to look for the exit code of a core that ended in the boot, every 20 ms."""
 _LATELY_S = 60.0
 """How long before its end an engine may have told the reason, in seconds."""
 _LAST_WORDS_S = 5.0
@@ -146,8 +148,17 @@ class VLLMProcesses:
         try:
             return booting.result()
         except (ValueError, RuntimeError, OSError) as error:
-            reason = self._cause() or " ".join(str(error).split())
+            reason = self._cause() or await self._how_they_ended() or " ".join(str(error).split())
             raise EngineError(f"vLLM did not start: {reason}") from error
+
+    async def _how_they_ended(self) -> str:
+        """Of what the cores died in the boot; empty if they live."""
+        self._cores += [core for core in self._find_cores() if core not in self._cores]
+        for _ in range(_REAP_TIMES):  # vLLM may see a core's end before its exit code is there
+            if any(core.exitcode is not None for core in self._cores):
+                return obituary(self._cores, "")
+            await asyncio.sleep(0.02)
+        return ""
 
     async def _give_up(self, booting: asyncio.Future[AsyncLLM]) -> None:
         """Kill what the boot has started, and what it still starts until it notices."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -120,7 +121,8 @@ class Run:
     def end(self) -> None:
         """Leave nothing running, whatever a test has found."""
         self.look()
-        for process in [psutil.Process(self.process.pid), *self.alive()]:
-            if is_alive(process):
+        self.process.kill()  # does nothing to one that was waited for
+        for process in self.alive():
+            with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
