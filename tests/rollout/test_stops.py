@@ -159,7 +159,7 @@ def test_a_character_split_over_tokens_and_a_token_that_holds_more_than_the_stri
     assert found(StopStrings(("swe",), decode), [*tokens, *answer], {}) == len(tokens) + 1
 
 
-@pytest.mark.parametrize("before", range(253, 261))
+@pytest.mark.parametrize("before", range(58, 74))
 def test_a_character_after_many_broken_ones_is_whole(before: int) -> None:
     # Wherever the window is made to move on, also within the character.
     made = tokenizer("byte_level").get_vocab()
@@ -183,8 +183,8 @@ def test_work_per_token_does_not_grow_with_the_response() -> None:
         watch = StopStrings(("a long string that never comes",), decode).watch(())
         assert watch is not None
         assert watch.first_end([draw() for _ in range(4000)]) is None
-        assert sum(lengths) / 4000 < 200
-        assert max(lengths) < 300
+        assert sum(lengths) / 4000 < 100
+        assert max(lengths) < 100
 
 
 def test_what_was_there_before_is_not_looked_for() -> None:
