@@ -14,7 +14,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 _RECENT_TOKENS = 8
 """Tokens after which the window moves on. A character has four bytes, so four tokens at most."""
-_UNCLEAR_TOKENS = 256
+_UNCLEAR_TOKENS = 64
 """Tokens after which it does even where it would rather not: nothing but broken characters."""
 
 

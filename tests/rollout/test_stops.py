@@ -159,6 +159,15 @@ def test_a_character_split_over_tokens_and_a_token_that_holds_more_than_the_stri
     assert found(StopStrings(("swe",), decode), [*tokens, *answer], {}) == len(tokens) + 1
 
 
+@pytest.mark.parametrize("before", range(58, 74))
+def test_a_character_after_many_broken_ones_is_whole(before: int) -> None:
+    # Wherever the window is made to move on, also within the character.
+    made = tokenizer("byte_level").get_vocab()
+    tokens = [made[c] for c in "ð" * before + "ðŁĺĢa"]
+    stops = StopStrings(("😀a",), DECODERS["byte_level"].verbatim)
+    assert found(stops, tokens, {}) == before + 5
+
+
 def test_work_per_token_does_not_grow_with_the_response() -> None:
     lengths: list[int] = []
 
@@ -167,13 +176,15 @@ def test_work_per_token_does_not_grow_with_the_response() -> None:
         return DECODERS["byte_level"].verbatim(token_ids)
 
     rng = random.Random(0)
-    for draw in (lambda: rng.randrange(SIZES["byte_level"]), lambda: 200):  # the second: no text
+    broken = tokenizer("byte_level").get_vocab()["ð"]
+    size = SIZES["byte_level"]
+    for draw in (lambda: rng.randrange(size), lambda: broken, lambda: size):  # the last: no text
         lengths.clear()
         watch = StopStrings(("a long string that never comes",), decode).watch(())
         assert watch is not None
         assert watch.first_end([draw() for _ in range(4000)]) is None
-        assert sum(lengths) / 4000 < 200
-        assert max(lengths) < 300
+        assert sum(lengths) / 4000 < 100
+        assert max(lengths) < 100
 
 
 def test_what_was_there_before_is_not_looked_for() -> None:

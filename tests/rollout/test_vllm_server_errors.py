@@ -255,6 +255,22 @@ def test_a_response_goes_on_elsewhere_from_its_last_token(end: Part) -> None:
     assert other.requests[0]["sampling_params"]["max_tokens"] == 7
 
 
+def test_servers_are_asked_as_the_request_says() -> None:
+    async def evaluate(engine: VLLMServerEngine) -> list[Chunk]:
+        decoding = Decoding(0.0, (1,), top_p=0.9, top_k=5, logprobs=False)
+        request = GenerationRequest("name", (3, 4), 10, decoding, seed=5)
+        return [chunk async for chunk in engine.generate(request)]
+
+    asked = []
+    for work in (generate, evaluate):
+        fake = Fake(parts=[[([10], None), ([1], "stop")]])
+        chunks = run([fake], work)
+        params = fake.requests[0]["sampling_params"]
+        names = ("temperature", "top_p", "top_k", "logprobs")
+        asked.append([*(params[name] for name in names), chunks[0].logprobs])
+    assert asked == [[1.0, 1.0, 0, 0, (-10.0,)], [0.0, 0.9, 5, None, None]]
+
+
 def test_a_resent_response_does_not_repeat_its_random_numbers() -> None:
     fakes = [Fake(parts=[[([10], None), "cut"]]), Fake(parts=[[([1], "stop")]])]
     run(fakes, generate, request_seeds=True)
