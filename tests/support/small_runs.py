@@ -111,12 +111,12 @@ def batches(directory: Path) -> list[int]:
 
 
 class Fails(L.Callback):
-    """Fails in a step, or in ``setup``."""
+    """Fails after a step, or in ``setup``."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if os.environ["FAIL_AT"] == "-1":
             raise RuntimeError("on purpose")
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if str(trainer.global_step) == os.environ["FAIL_AT"]:
             raise RuntimeError("on purpose")
