@@ -732,7 +732,9 @@ def test_by_default_it_is_copris():
 
 @pytest.mark.parametrize("value", [-0.1, math.nan])
 def test_a_negative_entropy_coefficient_is_refused(value):
-    with pytest.raises(ValueError, match=f"entropy_coefficient={value} must be a number of at least 0"):
+    with pytest.raises(
+        ValueError, match=f"entropy_coefficient={value} must be a number of at least 0"
+    ):
         PolicyGradient(entropy_coefficient=value)
 
 

@@ -127,8 +127,8 @@ def test_a_penalty_uses_the_estimator_of_its_name_and_leaves_out_the_coefficient
     ("arguments", "message"),
     [
         ({"estimator": "k4"}, "estimator='k4' must be k1, k2 or k3"),
-        ({"coefficient": 0.0}, "coefficient=0.0 must be above 0"),
-        ({"coefficient": -1.0}, "coefficient=-1.0 must be above 0"),
+        ({"coefficient": 0.0}, "coefficient=0.0 must be a number above 0"),
+        ({"coefficient": -1.0}, "coefficient=-1.0 must be a number above 0"),
         ({"coefficient": math.nan}, "coefficient=nan"),
     ],
 )

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from simulated_fits import build
+from some_rewards import WritesDown
 
 from copris_lightning.datamodules.dataset import DatasetPrompts
 from copris_lightning.datamodules.inspection import usable_prompts
@@ -339,12 +340,7 @@ def test_a_run_trains_on_such_rows_or_refuses_them(tiny_checkpoint, found):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "rows.jsonl")
         path.write_text("\n".join(keyed(row).literal for row in found), encoding="utf-8")
-        seen = []
-
-        async def reward(response: str, prompt: Any) -> float:
-            seen.append(prompt)
-            return float(len(response) % 2)
-
+        reward = WritesDown(str(Path(folder, "seen")))
         source = DatasetPrompts("json", data_files=str(path), id_column="id")
         data = {"prompts": source, "reward": reward, "cap": 4, "batch_groups": 2}
         trainer, module, datamodule, _ = build(
@@ -356,9 +352,10 @@ def test_a_run_trains_on_such_rows_or_refuses_them(tiny_checkpoint, found):
             refusal = f"{bad} of {len(expected)} prompts cannot be used"
             with pytest.raises(ConfigurationError, match=refusal):
                 trainer.fit(module, datamodule=datamodule)
-            assert not seen
+            assert not reward.prompts()
             return
         trainer.fit(module, datamodule=datamodule)
+        seen = reward.prompts()
         assert seen
         assert all(
             any((prompt.id, prompt.answer) == (row[0], row[2]) for row in expected)

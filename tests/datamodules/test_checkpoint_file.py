@@ -75,7 +75,7 @@ def foreign_objects(path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda path: None, "there is no such file"),
+        (lambda path: None, "there is no such"),
         (lambda path: path.touch(), "it is empty"),
         (lambda path: path.mkdir(), "a directory that holds no checkpoint"),
         (text, "it is no checkpoint"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -221,3 +222,24 @@ class Unloadable:
 
     def __call__(self, response: str, prompt: Any) -> float:
         return 1.0
+
+
+class WritesDown:
+    """Varies on random text, and keeps the prompts that it was called with in a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __call__(self, response: str, prompt: Any) -> float:
+        with open(self.path, "ab") as file:
+            pickle.dump(prompt, file)
+        return parity(response, prompt)
+
+    def prompts(self) -> list[Any]:
+        """What they were, in the order of the calls."""
+        found = []
+        if os.path.exists(self.path):
+            with open(self.path, "rb") as file:
+                while file.peek():
+                    found.append(pickle.load(file))
+        return found
