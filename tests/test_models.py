@@ -16,7 +16,8 @@ import lightning as L
 import pytest
 import torch
 from architectures import REFUSED, TRAINED, tiny_architecture
-from copris_testing import ShareOfDigits, SomePrompts
+from copris_testing import SomePrompts
+from some_rewards import ShareOfDigits
 
 from copris_lightning import CoprisModule, RolloutDataModule, VLLMEngine, WeightSync
 from copris_lightning.errors import ConfigurationError
