@@ -22,7 +22,7 @@ def test_the_best_checkpoint_is_kept_under_a_name_without_a_slash(
     configs = [ROOT / "configs" / "simulated.yaml", ROOT / "configs" / "overlays" / "best.yaml"]
     args = [f"--config={path}" for path in configs]
     args += [f"--model.init_args.model={tiny_checkpoint}", "--trainer.max_steps=4"]
-    args += ["--trainer.val_check_interval=2", "--data.init_args.reward=simulated_fits.Parity"]
+    args += ["--trainer.val_check_interval=2", "--data.init_args.reward=some_rewards.Parity"]
     prompts = "copris_lightning.quickstart.task.AdditionPrompts"
     args += [f"--data.init_args.val_prompts={prompts}", "--data.init_args.val_prompts.size=8"]
     assert main(["fit", *args]) == 0

@@ -11,6 +11,7 @@ import pytest
 from changed_models import change_json, copy, with_own_code, with_special_tokens
 from copris_testing import SomePrompts
 from simulated_fits import build, ledger
+from some_rewards import WritesDown
 from transformers import AutoTokenizer
 
 from copris_lightning import Evaluation, Sampling
@@ -42,17 +43,6 @@ class Asked(SimulatedEngine):
                 yield chunk
 
 
-class Seen:
-    """A reward that remembers the texts it was given."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    async def __call__(self, response: str, prompt: Any) -> float:
-        self.texts.append(response)
-        return float(len(self.texts) % 2)
-
-
 def run(
     command: str, checkpoint: Path, directory: Path, *, median: float = 12.0, **settings: Any
 ) -> tuple[Any, Any, Asked]:
@@ -66,7 +56,7 @@ def run(
 
 
 def test_a_stop_string_ends_responses_and_is_seen(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    seen, stop = Seen(), ["7", "4", "x", "ab"]
+    seen, stop = WritesDown(str(tmp_path / "seen")), ["7", "4", "x", "ab"]
     trainer, _, _ = run(
         "fit",
         tiny_checkpoint,
@@ -83,7 +73,7 @@ def test_a_stop_string_ends_responses_and_is_seen(tiny_checkpoint: Path, tmp_pat
         assert not any(string in text[:-1] for string in stop)
         if text in by_string:
             assert record["finish_reason"] == "stop"
-    assert set(by_string) <= set(seen.texts)
+    assert set(by_string) <= set(seen.texts())
     assert trainer.logged_metrics["rollout/dropped_tokens"] == 0  # one token to a chunk here
 
 
@@ -250,12 +240,12 @@ def test_many_greedy_samples_are_refused(tiny_checkpoint: Path, tmp_path: Path) 
 
 def test_rewards_and_ledger_see_special_tokens(tiny_checkpoint: Path, tmp_path: Path) -> None:
     checkpoint = with_special_tokens(tiny_checkpoint, tmp_path / "special", "<think>", "</think>")
-    seen = Seen()
+    seen = WritesDown(str(tmp_path / "seen"))
     run("fit", checkpoint, tmp_path, data={"reward": seen}, median=60.0, max_steps=2)
     texts = [record["response"] for record in ledger(tmp_path)]
     assert any("<think>" in text for text in texts)
     assert any("</think>" in text for text in texts)
-    assert set(texts) <= set(seen.texts)
+    assert set(texts) <= set(seen.texts())
     assert not any("<|eos|>" in text for text in texts)
 
 

@@ -225,18 +225,25 @@ class Unloadable:
 
 
 class WritesDown:
-    """Varies on random text, and keeps the prompts that it was called with in a file."""
+    """Varies on random text, and keeps what it was called with in a file."""
 
     def __init__(self, path: str) -> None:
         self.path = path
 
     def __call__(self, response: str, prompt: Any) -> float:
         with open(self.path, "ab") as file:
-            pickle.dump(prompt, file)
+            pickle.dump((response, prompt), file)
         return parity(response, prompt)
 
     def prompts(self) -> list[Any]:
-        """What they were, in the order of the calls."""
+        """In the order of the calls."""
+        return [prompt for _, prompt in self._calls()]
+
+    def texts(self) -> list[str]:
+        """The responses, in the order of the calls."""
+        return [response for response, _ in self._calls()]
+
+    def _calls(self) -> list[tuple[str, Any]]:
         found = []
         if os.path.exists(self.path):
             with open(self.path, "rb") as file:
