@@ -39,10 +39,10 @@ def test_new_runs_get_directories_and_the_last_one_is_continued_in_its_own(
     parent = home / ("lightning_logs" if logger in ("none", "default") else "runs/mine")
     first, second = parent / "version_0", parent / "version_1"
     assert copris("fit") == 0
-    assert f"logs              {first}" in capsys.readouterr().out
+    assert f"logs              {os.path.relpath(first)}" in capsys.readouterr().out
     before = {p.name: p.read_bytes() for p in first.glob("ledger/*.jsonl")}
     assert copris("fit", "--seed_everything=1") == 0
-    assert f"logs              {second}" in capsys.readouterr().out
+    assert f"logs              {os.path.relpath(second)}" in capsys.readouterr().out
     # An evaluation has a directory of its own, without checkpoints.
     assert copris("predict", "--ckpt_path=last") == 0
     assert len((parent / "version_2" / "predictions.jsonl").read_text().splitlines()) == 4
@@ -52,7 +52,7 @@ def test_new_runs_get_directories_and_the_last_one_is_continued_in_its_own(
     assert f"no checkpoint in {parent / 'version_2'}" in out
     assert re.search(rf"checkpoint: {second}/checkpoints/\S+step=2.ckpt \(step 2\)", out)
     assert "2 batches trained" in out
-    assert f"logs              {second}" in out
+    assert f"logs              {os.path.relpath(second)}" in out
     assert batches(first) == [0, 1]
     assert batches(second) == [0, 1, 2, 3]
     assert {p.name: p.read_bytes() for p in first.glob("ledger/*.jsonl")} == before
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_a_failed_run_is_used_when_asked_for_only(
     capsys.readouterr()
     assert copris("fit", "--ckpt_path=on_exception.ckpt") == 0
     first = home / "lightning_logs" / "version_0"
-    assert f"logs              {first}" in capsys.readouterr().out
+    assert f"logs              {os.path.relpath(first)}" in capsys.readouterr().out
     assert batches(first) == [0, 1, 2]
 
 
@@ -246,7 +246,7 @@ def test_a_script_resumes_in_its_runs_directory_too(
     fit(1)  # is new
     assert batches(tmp_path / "lightning_logs" / "version_2") == [0]
     fit(3, ckpt_path=tmp_path / "on_exception.ckpt")
-    assert f"logs              {second}" in capsys.readouterr().out
+    assert f"logs              {os.path.relpath(second)}" in capsys.readouterr().out
     assert [batches(path) for path in (first, second)] == [[0], [0, 1, 2]]
     assert {row["batch"] for row in ledger(second)} == {0, 1, 2}
     with pytest.raises(ConfigurationError, match="nothing is left to train"):

@@ -129,6 +129,11 @@ class TrajectoryLedger(L.Callback):
         )
         _write(self._root / "ledger" / f"batch_{index:06d}.jsonl", records)
 
+    @property
+    def state_key(self) -> str:
+        """A trainer may have several, in different directories."""
+        return self._generate_state_key(directory=self.directory)
+
     def state_dict(self) -> dict[str, Any]:
         """What is known of the open batch."""
         return {"quarantined": self._at_step}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -26,11 +27,11 @@ class RunSummary(L.Callback):
         self.first = first
         self.last = last
         self.history: dict[str, list[float]] = defaultdict(list)
-        self._directory = ""
+        self._directory = Path()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find out where the run writes."""
-        self._directory = str(directory_of(trainer))
+        self._directory = directory_of(trainer)
 
     def on_train_batch_end(
         self,
@@ -64,7 +65,7 @@ class RunSummary(L.Callback):
         parity = self.history["sync/parity_max_abs"]
         if parity:
             lines.append(f"worst parity      {max(parity):.2e} nats in {len(parity)} syncs")
-        lines.append(f"logs              {self._directory}")
+        lines.append(f"logs              {_shown(self._directory)}")
         title = f"{len(rewards)} batches trained"
         print("\n".join(["", title, "-" * len(title), *(line for line in lines if line)]))
 
@@ -75,3 +76,9 @@ class RunSummary(L.Callback):
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
+
+
+def _shown(directory: Path) -> Path:
+    """Relative to the working directory, if it is in it."""
+    here = Path.cwd()
+    return directory.relative_to(here) if directory.is_relative_to(here) else directory

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import math
+import signal
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import ExitStack
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 from copris_lightning.core.buffer import CarryOverBuffer
@@ -59,7 +61,8 @@ class RolloutSession:
         self._closed = threading.Lock()
         self._loop = LoopThread(engine.new_event_loop)
         try:
-            self.call(self._start(spec))
+            with _ended_by_sigterm():
+                self.call(self._start(spec))
         except BaseException:
             self.close()
             raise
@@ -169,3 +172,22 @@ class RolloutSession:
             if isinstance(self.engine, Killable):
                 self.engine.kill()
             raise
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM is an exception, so that all is cleaned up. Lightning listens to it
+    only once everything is set up; until then it would end this process at once."""
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -55,7 +55,7 @@ def settle(directory: Path, checkpoint: Path) -> None:
         },
         "val_prompts": {"class_path": "copris_testing.SomePrompts", "init_args": {"size": 4}},
         "predict_prompts": {"class_path": "copris_testing.SomePrompts", "init_args": {"size": 4}},
-        "reward": {"class_path": "simulated_fits.Parity"},
+        "reward": {"class_path": "some_rewards.Parity"},
         "engine": {"class_path": "copris_lightning.SimulatedEngine"},
         "cap": 8,
         "batch_groups": 2,
