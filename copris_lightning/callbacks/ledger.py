@@ -147,8 +147,8 @@ def _locked(path: Path) -> IO[str]:
     except BlockingIOError:
         file.close()
         raise ConfigurationError(
-            f"{path.parent / 'ledger'}: another run writes its ledger there now; wait for its end, or set "
-            "another TrajectoryLedger.directory or logger's version"
+            f"{path.parent / 'ledger'}: another run writes its ledger there now; wait for its "
+            "end, or set another TrajectoryLedger.directory or logger's version"
         ) from None
     return file
 
