@@ -96,7 +96,7 @@ def test_a_ledger_that_another_process_writes_is_refused(
     options = ["--trainer.callbacks+=copris_lightning.TrajectoryLedger"]
     options += ["--trainer.callbacks.directory=shared"]
     (home / "shared" / "ledger").mkdir(parents=True)
-    with (home / "shared" / "ledger" / ".lock").open("w") as file:
+    with (home / "shared" / ".ledger.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert copris("fit", *options) == 2
     assert "shared/ledger: another run writes its ledger there now" in capsys.readouterr().err

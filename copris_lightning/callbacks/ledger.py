@@ -66,7 +66,7 @@ class TrajectoryLedger(L.Callback):
                 "--ckpt_path"
             )
         self._close()
-        self._lock = _locked(folder / ".lock")
+        self._lock = _locked(self._root / ".ledger.lock")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set aside what an older checkpoint's run is going to write again."""
@@ -167,8 +167,8 @@ def _locked(path: Path) -> IO[str]:
     except BlockingIOError:
         file.close()
         raise ConfigurationError(
-            f"{path.parent}: another run writes its ledger there now; wait for its end, or set "
-            "another TrajectoryLedger.directory or logger's version"
+            f"{path.parent / 'ledger'}: another run writes its ledger there now; wait for its "
+            "end, or set another TrajectoryLedger.directory or logger's version"
         ) from None
     return file
 

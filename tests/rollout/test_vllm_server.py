@@ -435,12 +435,12 @@ def test_a_run_survives_its_servers_down_to_the_last_and_then_keeps_its_buffer(
         theirs = torch.tensor(segment.logprobs)[: len(ours)]
         assert not len(ours) or (ours - theirs).abs().max() < 1e-4
 
-    # The same run again goes on from there, with any engine: nothing is trained on twice, and
-    # what was generated before is.
+    # Told to, a run goes on from there, with any engine: nothing is trained on twice, and what was
+    # generated before is.
     again: list[L.Callback] = [OnExceptionCheckpoint(tmp_path)]
     steps = reaper.stage + 4
     options: dict[str, Any] = {"steps": steps, "callbacks": again, "weights_only": True}
-    fit(tiny_checkpoint, tmp_path, SimulatedEngine(), **options)
+    fit(tiny_checkpoint, tmp_path, SimulatedEngine(), ckpt_path="last", **options)
     records = ledger(tmp_path)
     assert len(records) == steps * 8
     trained = {(r["prompt_id"], r["sample"]): r["segments"][0] for r in records}
