@@ -159,6 +159,15 @@ def test_a_character_split_over_tokens_and_a_token_that_holds_more_than_the_stri
     assert found(StopStrings(("swe",), decode), [*tokens, *answer], {}) == len(tokens) + 1
 
 
+@pytest.mark.parametrize("how", ["chunk", "resume"])
+def test_a_character_cut_in_two_is_part_of_a_stop_string(how: str) -> None:
+    made = tokenizer("byte_level").get_vocab()
+    tokens = [made[c] for c in "aabðŁĺĢa"]
+    stops = StopStrings(("b😀a",), DECODERS["byte_level"].verbatim)
+    for cut in range(1, len(tokens)):
+        assert found(stops, tokens, {cut: how}) == len(tokens)
+
+
 @pytest.mark.parametrize("before", range(58, 74))
 def test_a_character_after_many_broken_ones_is_whole(before: int) -> None:
     # Wherever the window is made to move on, also within the character.
