@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart simulated test test-models test-kills check format clean
+.PHONY: setup quickstart simulated test test-engines test-models test-kills check format clean
 
 setup: $(STAMP)
 
@@ -25,13 +25,18 @@ simulated: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# Every architecture of docs/models.md on the real engine; half an hour on two cores.
-# COPRIS_MODELS=qwen3_moe,mixtral chooses some.
-test-models: setup
-	COPRIS_MODELS=$(or $(COPRIS_MODELS),all) $(BIN)/python -m pytest tests/test_models.py
+# What boots an engine each is too long for `make test`, which has some of it, others every day:
+# these run all. ARGS="-k sync" takes a part.
 
-# Runs and engines ended by each signal, in each process, in each phase: an engine boot each.
-# `make test-kills ARGS="-k sync"` takes a part of it.
+# Whole fits with an engine of their own.
+test-engines: setup
+	$(BIN)/python -m pytest -m engines $(ARGS)
+
+# Every architecture of docs/models.md; half an hour on two cores.
+test-models: setup
+	$(BIN)/python -m pytest -m models $(ARGS)
+
+# Runs and engines ended by each signal, in each process, in each phase; two hours.
 test-kills: setup
 	$(BIN)/python -m pytest -m kills $(ARGS)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from copris_testing import SomePrompts, reference_logprobs
 from lightning.pytorch.loggers import CSVLogger
@@ -60,6 +61,7 @@ class RankProbe(L.Callback):
         self.last = expected
 
 
+@pytest.mark.engines
 def test_a_staged_run_syncs_every_rank(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def loss_alone(checkpoint: Path, saved: dict[str, Any]) -> float:
     return float(loss.detach())
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_ranks_run_the_quickstart(strategy: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     printed = fit(tiny_checkpoint, tmp_path, strategy)

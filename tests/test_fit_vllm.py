@@ -103,6 +103,7 @@ def fit(
     return trainer, recorder
 
 
+@pytest.mark.boots(1)
 def test_each_segment_bears_the_logprobs_of_the_very_weights_of_its_version(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_each_segment_bears_the_logprobs_of_the_very_weights_of_its_version(
     assert all(sum(s["tokens"] for s in r["segments"]) == r["response_tokens"] for r in records)
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("source", ["engine", "trainer"])
 def test_with_learning_rate_zero_every_importance_ratio_is_one(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path, source: str
@@ -158,6 +160,7 @@ def test_with_learning_rate_zero_every_importance_ratio_is_one(
     assert all(float(kl.max()) < 1e-8 for kl in recorder.mismatch)
 
 
+@pytest.mark.engines
 def test_a_stale_head_stops_the_run_and_is_named_however_small_the_step(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -275,6 +275,7 @@ class Scores(L.Callback):
         self.errors.append(float((expected - self.scores[-1]).abs().max()))
 
 
+@pytest.mark.engines
 @pytest.mark.parametrize("sync", ["merge", "adapter"])
 def test_the_engine_computes_with_the_trained_adapters(
     sync: str, tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path

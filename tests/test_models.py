@@ -1,13 +1,7 @@
-"""Architectures, each trained for two batches on the real engine: the table in docs/models.md.
-
-One of them in a run of the suite, another every day; ``COPRIS_MODELS=all`` for all of them
-(``make test-models``), or names with commas between.
-"""
+"""Architectures, each trained for two batches on the real engine: the table in docs/models.md."""
 
 from __future__ import annotations
 
-import datetime
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -25,19 +19,8 @@ from copris_lightning.errors import ConfigurationError
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 
 
-def chosen() -> list[str]:
-    names = list(TRAINED)
-    wanted = os.environ.get("COPRIS_MODELS", "")
-    if wanted == "all":
-        return names
-    if wanted:
-        unknown = set(wanted.split(",")) - set(names)
-        assert not unknown, f"COPRIS_MODELS: no {', '.join(unknown)} among {', '.join(names)}"
-        return wanted.split(",")
-    return [names[datetime.date.today().toordinal() % len(names)]]
-
-
-@pytest.mark.parametrize("name", chosen())
+@pytest.mark.models
+@pytest.mark.parametrize("name", TRAINED)
 def test_an_architecture_trains_on_the_real_engine(
     name: str, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -1,12 +1,11 @@
 """Whole runs of the command with vLLM: one that ends by itself, and those that are ended.
 
 A run can be told to stop by any signal, to any of its processes, at any time. :data:`CELLS` is all
-of that; ``make test-kills`` goes through it, and the default suite has another cell each day.
+of that; ``make test-kills`` goes through it.
 """
 
 from __future__ import annotations
 
-import datetime
 import itertools
 import os
 import signal
@@ -27,13 +26,6 @@ CELLS = [
     # Nobody is left who could remove vLLM's shared memory.
     if cell[1:] != ("group", "SIGKILL")
 ]
-
-
-def of_today() -> tuple[str, str, str]:
-    """Another cell each day, far from yesterday's."""
-    step = 37
-    assert len(CELLS) % step
-    return CELLS[datetime.date.today().toordinal() * step % len(CELLS)]
 
 
 @pytest.fixture
@@ -107,13 +99,6 @@ def stop_at(run_held: object, tmp_path: Path, place: str, victim: str, number: s
     run.assert_nothing_left()
 
 
-@pytest.mark.parametrize("cell", [of_today()], ids="-".join)
-def test_a_run_that_is_stopped_leaves_nothing_behind(
-    run_held: object, tmp_path: Path, cell: tuple[str, str, str]
-) -> None:
-    stop_at(run_held, tmp_path, *cell)
-
-
 @pytest.mark.kills
 @pytest.mark.parametrize("cell", CELLS, ids="-".join)
 def test_a_run_that_is_stopped_anywhere_leaves_nothing_behind(
@@ -122,6 +107,7 @@ def test_a_run_that_is_stopped_anywhere_leaves_nothing_behind(
     stop_at(run_held, tmp_path, *cell)
 
 
+@pytest.mark.engines
 def test_the_quickstart_config_runs_and_sums_up(tiny_checkpoint: Path, tmp_path: Path) -> None:
     run = Run(quickstart(tiny_checkpoint, "--trainer.max_steps=3"), tmp_path)
     assert run.wait() == 0, run.output()[-3000:]

@@ -18,6 +18,7 @@ from copris_lightning.rollout.engine import EngineSpec
 from copris_lightning.rollout.vllm import VLLMEngine
 
 
+@pytest.mark.engines
 def test_a_staged_run_with_vllms_transfer_and_a_sleeping_engine(
     untied_checkpoint: Path,
     cpu_engine_args: dict[str, Any],

@@ -92,7 +92,7 @@ def test_a_stop_token_ends_the_response_and_is_part_of_it(synced: Running) -> No
     assert len(ids) == len(logprobs)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.engines)])
 def test_after_a_sync_the_engine_computes_with_the_new_weights(
     running_vllm: Running, model: Any, tied: bool, request: pytest.FixtureRequest
 ) -> None:
