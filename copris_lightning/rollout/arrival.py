@@ -52,6 +52,7 @@ class Arrival:
         self._exact: set[str] = set()
         self._wrong: set[str] = set()
         self._absent: set[str] = set()
+        self._ignored: list[str] = []
         self._unused: list[str] = []
 
     @contextmanager
@@ -129,9 +130,8 @@ class Arrival:
                 self._expected[name] = written
         used = copies.used
         before, self.sent = self.sent, copies.sent
-        self._unused = [
-            n for n in self.sent if n not in used and before.get(n, self.sent[n]) != self.sent[n]
-        ]
+        self._ignored = [name for name in self.sent if name not in used]
+        self._unused = [n for n in self._ignored if before.get(n, self.sent[n]) != self.sent[n]]
 
     # -- comparing -------------------------------------------------------------------------
 
@@ -194,6 +194,8 @@ class Arrival:
             return f"the trainer's weights are no longer what was sent: {', '.join(differ[:8])}"
         dtype = str(self._dtype).removeprefix("torch.")
         left = report["not_compared"]
+        if self._ignored:
+            return f"the engine has no place for {', '.join(self._ignored[:8])}"
         return (
             f"the engine has what was sent, {len(now)} tensors, "
             + (f"as far as could be found out (not in {', '.join(left[:8])}), " if left else "")

@@ -186,6 +186,7 @@ def test_a_name_that_has_no_place_in_the_engine_is_an_error_once_it_is_trained(
     arrival, model, sent = running
     more = {**sent, "other": torch.ones(3)}
     assert fault([load(arrival, model, more)]) is None
+    assert arrival.explain(iter(more.items())) == "the engine has no place for other"
     report = load(arrival, model, step(more, "other"))
     assert fault([report]) == "it has no place for the trainer's other"
     assert fault([report, {**report, "unused": []}]) is None  # another worker has it
