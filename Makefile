@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart simulated test check format clean
+.PHONY: setup quickstart simulated test test-deepspeed check format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,10 @@ simulated: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# Every way to train under DeepSpeed on two CPU processes; a slice of it is in `make test`.
+test-deepspeed: setup
+	$(BIN)/python -m pytest -m "deepspeed or not deepspeed" tests/test_deepspeed.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.logprobs import token_logprobs, token_logprobs_and_entropy
+from copris_lightning.zero import hold, unhooked
 
 
 class Policy(nn.Module):
@@ -29,6 +30,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
+        hold(self, model.get_output_embeddings())
         # The engine has no dropout, and a policy with it is not the one that is synced.
         layer: Any
         for layer in model.modules():
@@ -51,7 +53,7 @@ class Policy(nn.Module):
             ``None``; both fp32 and 0 at padding.
         """
         hidden, targets = self._predictions(batch)
-        head = self.model.get_output_embeddings()
+        head = unhooked(self.model.get_output_embeddings())  # once per chunk
         options: Any = {"temperature": batch.temperature, "chunk_tokens": self.chunk_tokens}
         if entropy == "none":
             values = token_logprobs(hidden, targets, head, **options)

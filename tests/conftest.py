@@ -19,6 +19,18 @@ CPU_ENGINE_ARGS = {
 }
 
 
+SLICES = ("deepspeed",)
+"""Markers of tests that take long: they run only where ``-m`` names them."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what has a make target of its own."""
+    left_out = [name for name in SLICES if name not in config.option.markexpr]
+    kept = [item for item in items if not any(map(item.get_closest_marker, left_out))]
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = kept
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained Qwen3 of 0.2 M parameters with tied embeddings."""

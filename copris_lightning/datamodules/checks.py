@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy
 
 from copris_lightning.datamodules.batches import BatchShape
 from copris_lightning.datamodules.protocols import WeightSyncer
@@ -42,12 +41,6 @@ def check_estimator(trainer: L.Trainer, settings: RolloutSettings) -> None:
     estimator = getattr(module, "estimator", None)
     if estimator is None:
         return  # WeightSync refuses the module
-    strategy = trainer.strategy
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and estimator.kl:
-        raise ConfigurationError(
-            "model.init_args.kl: DeepSpeed's ZeRO-3 cannot hold a reference policy, which is "
-            "not trained; use ModelParallelStrategy (FSDP2) or deepspeed_stage_2"
-        )
     if estimator.needs_mismatch and settings.behavior_logprobs == "engine":
         raise ConfigurationError(
             f"{KEY}.behavior_logprobs=engine: model.init_args.corrections of the mismatch "
