@@ -147,6 +147,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
 @pytest.mark.deepspeed
 def test_a_checkpoint_is_evaluated_under_stage_2_and_as_one_file_after_stage_3(
     results: dict[str, Any],
+    alone: Any,
     directory: Path,
     tiny_checkpoint: Path,
     tmp_path: Path,
@@ -167,9 +168,9 @@ def test_a_checkpoint_is_evaluated_under_stage_2_and_as_one_file_after_stage_3(
         tiny_checkpoint, tmp_path, data=data, model=trained_adapters()
     )
     trainer.validate(module, rollouts, ckpt_path=file)
-    trained = outcomes(results, "stage_3_resumed")[0]["weights"][-1]
     loaded = module.policy.model.state_dict()
-    assert {n: digest(w) for n, w in loaded.items()} == {n: digest(w) for n, w in trained.items()}
+    for name, weight in alone("adapters")["weights"][1].items():  # it was saved at step 2
+        torch.testing.assert_close(loaded[name], weight, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.deepspeed
