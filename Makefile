@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup quickstart simulated test test-engines test-models test-kills check format clean
+.PHONY: setup quickstart simulated test test-engines test-models test-kills test-deepspeed
+.PHONY: check format clean
 
 setup: $(STAMP)
 
@@ -39,6 +40,10 @@ test-models: setup
 # Runs and engines ended by each signal, in each process, in each phase; two hours.
 test-kills: setup
 	$(BIN)/python -m pytest -m kills $(ARGS)
+
+# Every way to train under DeepSpeed on two CPU processes; a slice of it is in `make test`.
+test-deepspeed: setup
+	$(BIN)/python -m pytest -m "deepspeed or not deepspeed" tests/test_deepspeed.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.zero import whole
 
 KEY = "model.init_args.lora"
 ADAPTER = "default"
@@ -97,12 +98,15 @@ class LoRA:
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # only ever divided
             target_modules=self._layers(model),
             lora_dropout=0.0,  # the engine has none
+            init_lora_weights=False,  # below, where weights are whole
         )
         inject_adapter_in_model(config, model, ADAPTER)
         for module in model.modules():
             if isinstance(module, LoraLayer):  # made in the model's own dtype
                 module.lora_A.float()
                 module.lora_B.float()
+                with whole([*module.lora_A.parameters(), *module.lora_B.parameters()]):
+                    module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
     def _layers(self, model: Any) -> list[str]:
         """Full names of the linear layers that get an adapter."""

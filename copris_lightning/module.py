@@ -11,7 +11,6 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import AdamW
@@ -32,6 +31,7 @@ from copris_lightning.parallel import full_weights, shard
 from copris_lightning.policy import Policy
 from copris_lightning.pretrained import embedding_rows, empty_model, load_config, load_model
 from copris_lightning.running import OpenBatch
+from copris_lightning.zero import splitting
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:
@@ -155,12 +155,8 @@ class CoprisModule(L.LightningModule):
         if self.policy is not None:
             return
         strategy = self._trainer.strategy if self._trainer is not None else None
-        if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-            from transformers.integrations.deepspeed import HfDeepSpeedConfig
-
-            # While this object lives, from_pretrained fills weights that DeepSpeed has split.
-            self._deepspeed_config = HfDeepSpeedConfig(strategy.config)
-        self.policy = self._load(self.model, is_trained=True)
+        with splitting(strategy):
+            self.policy = self._load(self.model, is_trained=True)
         if self.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable()
 

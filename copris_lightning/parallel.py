@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.zero import check_zero
 
 SUPPORTED = (
     SingleDeviceStrategy,
@@ -42,6 +43,8 @@ def check_strategy(trainer: L.Trainer) -> None:
             f"trainer.strategy={type(strategy).__name__}: its weights cannot be synced; use auto, "
             "ddp, ModelParallelStrategy (FSDP2), fsdp, deepspeed_stage_2 or deepspeed_stage_3"
         )
+    if isinstance(strategy, DeepSpeedStrategy):
+        check_zero(trainer, strategy)
     if isinstance(strategy, ModelParallelStrategy):
         size = strategy.device_mesh["tensor_parallel"].size()
         if size > 1:

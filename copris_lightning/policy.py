@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.logprobs import token_logprobs, token_logprobs_and_entropy
 from copris_lightning.randomness import silence
+from copris_lightning.zero import hold, unhooked
 
 
 class Policy(nn.Module):
@@ -31,6 +32,7 @@ class Policy(nn.Module):
         self.model = model
         self.chunk_tokens = chunk_tokens
         silence(model)
+        hold(self, model.get_output_embeddings())
 
     def forward(
         self, batch: MicroBatch, entropy: Literal["none", "detached", "differentiable"] = "none"
@@ -46,7 +48,7 @@ class Policy(nn.Module):
             ``None``; both fp32 and 0 at padding.
         """
         hidden, targets = self._predictions(batch)
-        head = self.model.get_output_embeddings()
+        head = unhooked(self.model.get_output_embeddings())  # once per chunk
         options: Any = {"temperature": batch.temperature, "chunk_tokens": self.chunk_tokens}
         if entropy == "none":
             values = token_logprobs(hidden, targets, head, **options)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,59 +11,19 @@ import pytest
 import torch
 from copris_testing import digest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from ranks import SCENARIOS, TIME_LIMIT_S, train
+from ranks import SCENARIOS, TIME_LIMIT_S, train, trained_adapters
+from simulated_fits import build
+from two_ranks import outcomes, run
 
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.parallel import check_strategy
-
-SUPPORT = Path(__file__).parent / "support"
-DEADLINE_S = 600
 
 
 @pytest.fixture(scope="module")
 def results(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each scenario gave, a list over the two ranks."""
     directory = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        variables = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "GROUP_RANK": 0,
-            "WORLD_SIZE": 2,
-            "LOCAL_WORLD_SIZE": 2,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "TORCHELASTIC_RUN_ID": "test",
-            "OMP_NUM_THREADS": 1,
-            "PYTHONPATH": SUPPORT,
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, SUPPORT / "ranks.py", tiny_checkpoint, directory],
-                env={**os.environ, **{k: str(v) for k, v in variables.items()}},
-                stdout=(directory / f"log.{rank}.txt").open("w"),
-                stderr=subprocess.STDOUT,
-            )
-        )
-    try:
-        for process in processes:
-            process.wait(DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        warnings.warn("the ranks hung", stacklevel=1)
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return {
-        name: [
-            torch.load(file, weights_only=False) for file in sorted(directory.glob(f"{name}.?.pt"))
-        ]
-        for name in SCENARIOS
-    }
+    return run("ranks.py", tiny_checkpoint, directory, SCENARIOS)
 
 
 @pytest.fixture(scope="module")
@@ -78,15 +33,6 @@ def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> An
     torch.set_num_threads(1)
     yield train("one", tiny_checkpoint, tmp_path_factory.mktemp("one"))
     torch.set_num_threads(threads)
-
-
-def outcomes(results: dict[str, Any], scenario: str) -> list[Any]:
-    """Both ranks' results; fails with the traceback if there is one instead."""
-    both: list[Any] = results[scenario]
-    assert len(both) == 2, "the ranks did not get there"
-    for rank, result in enumerate(both):
-        assert not (isinstance(result, str) and "Traceback" in result), f"rank {rank}: {result}"
-    return both
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -146,6 +92,19 @@ def test_mixed_precision_is_the_same_with_split_weights(
         assert (ours - theirs).norm() <= 0.1 * (theirs - exact).norm()
 
 
+def test_adapters_train_with_activations_computed_again(
+    results: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Also where the reference is the policy without them."""
+    leader, _ = outcomes(results, "fsdp2_with_adapters")
+    model = {**trained_adapters(), "gradient_checkpointing": False}
+    alone = train("one", tiny_checkpoint, tmp_path, model=model)
+    assert leader["losses"] == pytest.approx(alone["losses"], abs=1e-5)
+    for ours, theirs in zip(leader["gradients"], alone["gradients"], strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    assert leader["synced"][0] == alone["synced"][0]
+
+
 @pytest.mark.parametrize("saved", ["fsdp2_resumed", "fsdp2_in_parts_resumed"])
 def test_a_resumed_fsdp2_run_goes_on_as_if_it_had_not_stopped(
     results: dict[str, Any], saved: str
@@ -191,10 +150,19 @@ def test_fsdp2_without_sizes_is_told_them(results: dict[str, Any]) -> None:
         assert "data_parallel_size=2, the number of ranks" in message
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2"])
-def test_a_strategy_that_needs_a_gpu_says_what_is_missing(strategy: str) -> None:
-    with pytest.raises((ValueError, MisconfigurationException), match=r"GPU|install"):
-        L.Trainer(accelerator="cpu", strategy=strategy, logger=False)
+def test_fsdp1_needs_a_gpu_and_says_so() -> None:
+    with pytest.raises((ValueError, MisconfigurationException), match="GPU"):
+        L.Trainer(accelerator="cpu", strategy="fsdp", logger=False)
+
+
+def test_deepspeed_needs_a_gpu_and_says_so_before_an_engine_boots(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, strategy="deepspeed_stage_2")
+    with pytest.raises(RuntimeError, match="only supported on CUDA GPUs"):
+        trainer.fit(module, data)
+    assert data.session is None
+    assert not log
 
 
 def test_a_strategy_whose_weights_cannot_be_had_is_refused() -> None:

@@ -20,6 +20,13 @@ from copris_lightning.module import CoprisModule
 ROOT = Path(__file__).parents[1]
 
 
+ON_TWO_RANKS = {
+    "ddp": ROOT / "configs/overlays/ddp.yaml",
+    "fsdp2": ROOT / "configs/overlays/fsdp2.yaml",
+    "deepspeed_stage_3": ROOT / "tests/support/deepspeed_on_cpu.yaml",
+}
+
+
 def fit(checkpoint: Path, directory: Path, strategy: str) -> str:
     """Three batches; returns what the command printed."""
     overlay = directory / "overlay.yaml"
@@ -46,14 +53,17 @@ def fit(checkpoint: Path, directory: Path, strategy: str) -> str:
         )
     )
     command = [sys.executable, "-m", "copris_lightning", "fit"]
-    for config in (ROOT / "configs/quickstart.yaml", ROOT / f"configs/overlays/{strategy}.yaml"):
+    for config in (ROOT / "configs/quickstart.yaml", ON_TWO_RANKS[strategy], overlay):
         command += ["--config", str(config)]
-    command += ["--config", str(overlay)]
     command += [
         "--trainer.callbacks+=copris_testing.SaveBatches",
         f"--trainer.callbacks.directory={directory}",
     ]
-    environment = {"PYTHONPATH": str(ROOT / "tests" / "support"), "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PYTHONPATH": str(ROOT / "tests" / "support"),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }
     done = subprocess.run(
         command,
         cwd=directory,
@@ -90,7 +100,7 @@ def loss_alone(checkpoint: Path, saved: dict[str, Any]) -> float:
 
 
 @pytest.mark.engines
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", ON_TWO_RANKS)
 def test_two_ranks_run_the_quickstart(strategy: str, tiny_checkpoint: Path, tmp_path: Path) -> None:
     printed = fit(tiny_checkpoint, tmp_path, strategy)
     summary = printed.rpartition("batches trained")[2]

@@ -106,6 +106,30 @@ def test_merged_weights_are_those_that_peft_merges(
     assert changed == len(config.target_modules)
 
 
+@pytest.mark.parametrize("kl", [None, KLPenalty(0.1)], ids=["", "its own reference"])
+def test_activations_may_be_computed_again(tiny_checkpoint: Path, kl: KLPenalty | None) -> None:
+    """The layers' inputs are frozen, for which checkpointing has been seen to drop gradients."""
+    gradients = []
+    for recomputed in (False, True):
+        torch.manual_seed(0)
+        module = made(tiny_checkpoint, CHOSEN, kl=kl, gradient_checkpointing=recomputed)
+        perturb(module)
+        module.train()
+        calls: list[int] = []
+        norm = module.policy.model.base_model.layers[0].input_layernorm
+        norm.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        batch = micro_batch()
+        terms = module.token_terms(batch)
+        assert (terms.reference_logprobs is None) == (kl is None)
+        module.policy_loss(batch, terms)[0].backward()
+        assert len(calls) == 1 + recomputed + (kl is not None)
+        trained = [p.grad for p in module.parameters() if p.requires_grad]
+        gradients.append(torch.cat([g.flatten() for g in trained]))
+    plain, again = gradients
+    assert plain.norm() > 1e-3
+    assert (plain - again).norm() <= 1e-6 * plain.norm()
+
+
 def test_merging_is_done_in_fp32_and_rounded_once(tiny_checkpoint: Path) -> None:
     module = made(tiny_checkpoint, CHOSEN, dtype="bfloat16")
     perturb(module)

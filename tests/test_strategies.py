@@ -62,8 +62,6 @@ def fit(checkpoint: Path, directory: Path, accelerator: str, strategy: str, **op
 def test_a_strategy_trains_as_one_process_and_resumes(
     tiny_checkpoint: Path, tmp_path: Path, accelerator: str, strategy: str
 ) -> None:
-    if strategy.startswith("deepspeed"):
-        pytest.importorskip("deepspeed")
     alone = fit(tiny_checkpoint, tmp_path / "alone", accelerator, "auto", max_steps=4)
     straight = fit(tiny_checkpoint, tmp_path / "straight", accelerator, strategy, max_steps=4)
     assert set(straight) == set(alone)

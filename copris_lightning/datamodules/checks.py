@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
@@ -47,12 +46,6 @@ def check_estimator(trainer: L.Trainer, settings: RolloutSettings) -> None:
     estimator = getattr(module, "estimator", None)
     if estimator is None:
         return  # WeightSync refuses the module
-    strategy = trainer.strategy
-    if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3 and estimator.kl:
-        raise ConfigurationError(
-            "model.init_args.kl: DeepSpeed's ZeRO-3 cannot hold a reference policy, which is "
-            "not trained; use ModelParallelStrategy (FSDP2) or deepspeed_stage_2"
-        )
     if estimator.needs_mismatch and settings.behavior_logprobs == "engine":
         raise ConfigurationError(
             f"{KEY}.behavior_logprobs=engine: model.init_args.corrections of the mismatch "

@@ -32,6 +32,7 @@ from copris_lightning.datamodules.inspection import usable_prompts
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
 from copris_lightning.datamodules.protocols import RolloutListener, RunWriter
 from copris_lightning.datamodules.sampling import Evaluation, Sampling
+from copris_lightning.datamodules.sealed import Sealed
 from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.template import Template
@@ -75,8 +76,8 @@ class SizedStream:
     def __len__(self) -> int:
         return self._length
 
-    def __iter__(self) -> Iterator[Any]:
-        return self._iterate()
+    def __iter__(self) -> Iterator[Sealed]:
+        return map(Sealed, self._iterate())
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: the data module saves where it is. Without it Lightning warns at each resume."""
@@ -437,7 +438,8 @@ class RolloutDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> SizedStream:
         """Micro-batches; asking for the first of a batch rolls it out."""
-        assert self.training is not None
+        if self.training is None:  # DeepSpeed looks for a batch size here, whatever the command
+            return SizedStream(0, lambda: iter(()))
         # All is restored: from here on there is something to save when the run fails.
         callbacks(self.trainer).extend(self._held_back)
         self._held_back = []
@@ -463,6 +465,10 @@ class RolloutDataModule(L.LightningDataModule):
             lambda: evaluate(self.session, stream, self.settings, self._stop_ids, exchange),
         )
 
+    def on_before_batch_transfer(self, batch: Sealed, dataloader_idx: int) -> Any:
+        """The batch itself, for the device."""
+        return batch.batch
+
     # -- while a rollout runs --------------------------------------------------------------
 
     def _observe(self, event: Event) -> None:
@@ -481,10 +487,17 @@ class RolloutDataModule(L.LightningDataModule):
     # -- checkpoints -----------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Buffer, prompt position and open batch (rank 0's; Lightning saves only that)."""
-        return self.training.state_dict() if self.training is not None else self._last_state
+        """Buffer, prompt position and open batch: rank 0's, which is what Lightning saves.
+
+        ZeRO-3 saves a file per rank. The others' must not be empty, or they would not be asked to
+        load anything, while rank 0 waits for them.
+        """
+        if self.training is None:
+            return self._last_state
+        return self.training.state_dict() or {"rank": self.exchange.rank if self.exchange else 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint; evaluation has no state."""
+        """Go on from rank 0's state in a checkpoint; evaluation has none."""
         if self.training is not None and state_dict:
-            self.training.load_state_dict(state_dict)
+            assert self.exchange is not None
+            self.training.load_state_dict(self.exchange.broadcast(state_dict))

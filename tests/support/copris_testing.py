@@ -64,12 +64,18 @@ class SaveBatches(L.Callback):
 
 def full_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies of a model's weights in full, on rank 0; all ranks must ask."""
+    split = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if split:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(split):
+            return {n: t.clone() for n, t in model.state_dict().items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {n: t.clone() for n, t in get_model_state_dict(model, options=options).items()}
 
 
 def digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.clone().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.clone().float().numpy().tobytes()).hexdigest()
 
 
 class RecordingExtension(CoprisWorkerExtension):

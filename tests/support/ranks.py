@@ -1,6 +1,6 @@
 """What two processes do together for ``tests/test_distributed.py``: one start, many scenarios.
 
-Run as ``python ranks.py CHECKPOINT DIRECTORY`` by each rank, with the variables of torchrun set.
+Run as ``ranks.py CHECKPOINT DIRECTORY SCENARIO...`` by each rank, with torchrun's variables set.
 Writes each scenario's result on each rank to ``DIRECTORY/SCENARIO.RANK.pt``.
 """
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from architectures import tiny_architecture
 from copris_testing import SomePrompts, digest, full_state
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from safetensors.torch import load_file
 from simulated_fits import build, ledger
 from some_rewards import SlowFirst
@@ -32,6 +32,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
+from copris_lightning import LoRA
 from copris_lightning.checkpoint_form import as_saved, saved_buffers
 from copris_lightning.core.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError, RewardError, RolloutError
@@ -69,9 +70,13 @@ class Recorder(L.Callback):
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        parts = [p.grad for _, p in pl_module.policy.named_parameters()]
-        full = [g.full_tensor() if isinstance(g, DTensor) else g for g in parts]
-        self.gradients.append(torch.cat([g.flatten().clone() for g in full]))
+        parts = [self.gradient(p) for p in pl_module.policy.parameters() if p.requires_grad]
+        self.gradients.append(torch.cat([g.flatten().clone() for g in parts]))
+
+    def gradient(self, parameter: Any) -> torch.Tensor:
+        grad: Any = parameter.grad
+        full: torch.Tensor = grad.full_tensor() if isinstance(grad, DTensor) else grad
+        return full
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if args[1].is_last:
@@ -80,23 +85,24 @@ class Recorder(L.Callback):
 
 
 def train(
-    strategy: str,
+    strategy: str | Strategy,
     checkpoint: Path,
     directory: Path,
     *,
+    recorder: Recorder | None = None,
     callbacks: Sequence[L.Callback] = (),
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Batches of two micro-batches per rank, their gradients clipped."""
-    recorder = Recorder()
+    recorder = recorder or Recorder()
     synced: list[dict[str, str]] = []
     settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.02, "max_steps": 3, **options}
     trainer, module, data, _ = build(
         checkpoint,
         directory,
         callbacks=[recorder, *callbacks],
-        strategy=strategies()[strategy],
+        strategy=strategies()[strategy] if isinstance(strategy, str) else strategy,
         devices=1 if strategy == "one" else 2,
         **settings,
     )
@@ -110,6 +116,7 @@ def train(
         await update(weights, version)
 
     data.engine.update_weights = record
+    torch.manual_seed(0)  # adapters start from random numbers
     cpu, wall = time.process_time(), time.perf_counter()
     trainer.fit(module, data, ckpt_path=ckpt_path)
     return {
@@ -138,6 +145,16 @@ def fsdp2(checkpoint: Path, directory: Path) -> Any:
 def fsdp2_with_a_reference(checkpoint: Path, directory: Path) -> Any:
     model = {"kl": KLPenalty(0.1), "gradient_checkpointing": True}
     return train("fsdp2", checkpoint, directory, model=model)
+
+
+def trained_adapters() -> dict[str, Any]:
+    """Their own reference when switched off; activations are computed again."""
+    return {"lora": LoRA(rank=4, alpha=8.0), "kl": KLPenalty(0.1), "gradient_checkpointing": True}
+
+
+@scenario
+def fsdp2_with_adapters(checkpoint: Path, directory: Path) -> Any:
+    return train("fsdp2", checkpoint, directory, model=trained_adapters())
 
 
 def resume(strategy: str, checkpoint: Path, directory: Path) -> Any:
@@ -210,10 +227,9 @@ def skewed(checkpoint: Path, directory: Path) -> Any:
     return train("fsdp2", checkpoint, directory, **options)
 
 
-@scenario
-def quarantined(checkpoint: Path, directory: Path) -> Any:
-    """A weight that is not a number: whoever meets its token starts again, with all others."""
-    poisoned = directory / "poisoned"
+def poisoned(checkpoint: Path, directory: Path) -> Path:
+    """A checkpoint with a weight that is not a number: of one token's embedding."""
+    folder = directory / "poisoned"
     if dist.get_rank() == 0:
         model = load_model(str(checkpoint), dtype="float32", attn_implementation="sdpa")
         head = model.get_input_embeddings().weight.detach().clone()
@@ -222,12 +238,22 @@ def quarantined(checkpoint: Path, directory: Path) -> Any:
         with torch.no_grad():
             model.get_output_embeddings().weight.copy_(head)
             model.get_input_embeddings().weight[60] = torch.nan
-        model.save_pretrained(poisoned)
+        model.save_pretrained(folder)
         for file in checkpoint.glob("*token*"):
-            shutil.copy(file, poisoned)
+            shutil.copy(file, folder)
     dist.barrier()
+    return folder
+
+
+@scenario
+def quarantined(checkpoint: Path, directory: Path) -> Any:
+    """Whoever meets a token that spoils everything starts again, with all others."""
     data = {"behavior_logprobs": "engine", "max_quarantined": 1.0}
-    return train("fsdp2", poisoned, directory, data=data)
+    return train("fsdp2", poisoned(checkpoint, directory), directory, data=data)
+
+
+async def broken(response: str, prompt: Any) -> float:
+    raise KeyError("the answer is missing")
 
 
 def fail(checkpoint: Path, directory: Path, **data: Any) -> str:
@@ -294,13 +320,16 @@ def split_experts(checkpoint: Path, directory: Path) -> Any:
     return results
 
 
-def main(checkpoint: Path, directory: Path) -> None:
+def main(scenarios: dict[str, Callable[[Path, Path], Any]]) -> None:
+    """What the command line asks for."""
+    checkpoint, directory = map(Path, sys.argv[1:3])
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=TIME_LIMIT_S))
-    for name, function in SCENARIOS.items():
+    for name in sys.argv[3:]:
         place = directory / name
         place.mkdir(exist_ok=True)
         try:
-            result = function(checkpoint, place)
+            result = scenarios[name](checkpoint, place)
         except BaseException:  # noqa: BLE001 - told to the test
             result = traceback.format_exc()
         torch.save(result, directory / f"{name}.{dist.get_rank()}.pt")
@@ -308,5 +337,4 @@ def main(checkpoint: Path, directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(SCENARIOS)

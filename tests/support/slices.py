@@ -12,10 +12,10 @@ import random
 
 import pytest
 
-A_DAY = {"engines": 4, "kills": 1, "models": 1}
+A_DAY = {"engines": 4, "kills": 1, "models": 1, "deepspeed": 0}
 """Slices, and how many tests of each a run of the whole suite has."""
 
-LONG = ("kills", "models")
+LONG = ("kills", "models", "deepspeed")
 """Slices of which nothing runs where a file or test is named, unless ``-m`` names the slice."""
 
 FIXTURES = {"running_vllm": 1, "servers": 2}
@@ -51,6 +51,6 @@ def boots(items: list[pytest.Item]) -> int:
         marker = item.get_closest_marker("boots")
         if marker is not None:
             total += marker.args[0]
-        elif any(map(item.get_closest_marker, A_DAY)):
+        elif any(map(item.get_closest_marker, ("engines", "kills", "models"))):
             total += 1
     return total
