@@ -62,8 +62,10 @@ class WholeSteps:
         data = datamodule(trainer)
         state = checkpoint.get(type(data).__qualname__)
         if data.training is not None and state:
+            # Under ZeRO-3 each rank reads a file of its own, and only rank 0's has the state.
+            parts = data.exchange.broadcast(state.get("parts"))
             loop = checkpoint["loops"]["fit_loop"]
-            refit(loop, state["parts"], data.training.parts, data.training.epoch)
+            refit(loop, parts, data.training.parts, data.training.epoch)
 
 
 def refuse_torn(checkpoint: dict[str, Any], name: str) -> None:
