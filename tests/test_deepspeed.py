@@ -144,6 +144,27 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(
         torch.testing.assert_close(resumed["weights"][-1][name], weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        case("stage_2_cut_within_a_step"),
+        case("stage_3_cut_within_a_step"),
+    ],
+)
+def test_a_checkpoint_within_a_step_resumes_at_its_first_micro_batch(
+    results: dict[str, Any], scenario: str
+) -> None:
+    for result in outcomes(results, scenario):
+        uncut, cut = result["uncut"], result["cut"]
+        assert len(cut["losses"]) == 2
+        assert cut["losses"] == pytest.approx(uncut["losses"][1:], rel=1e-5)
+        for ours, theirs in zip(cut["weights"], uncut["weights"][1:], strict=True):
+            for name, weight in theirs.items():
+                torch.testing.assert_close(ours[name], weight, rtol=1e-5, atol=1e-6)
+        batches = [record for record in uncut["ledger"] if record["batch"] >= 1]
+        assert cut["ledger"] == batches
+
+
 @pytest.mark.deepspeed
 def test_a_checkpoint_is_evaluated_under_stage_2_and_as_one_file_after_stage_3(
     results: dict[str, Any],

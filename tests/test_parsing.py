@@ -67,6 +67,7 @@ VALUES = [
     ([f"{DATA}.cap=1000000000000"], "data.init_args.cap=1000000000000: .* do not fit this machine"),
     ([f"{DATA}.batch_groups=1000000000000"], "batch_groups=1000000000000 x .* do not fit"),
     ([f"{DATA}.val_samples=1000000000000"], "val_samples=1000000000000: .* do not fit"),
+    ([f"{DATA}.reward_workers=1000000000000"], "reward_workers=1000000000000: .* memory holds"),
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ class Prompt:
     answer: Any = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+
+_LEAST_WORKER_BYTES = 16 * 2**20
+"""What a worker process takes, about."""
 
 Reward = Callable[[str, Prompt], Any]
 """A verifiable reward: ``reward(response, prompt)`` scores the response text (without the model's
@@ -110,6 +114,12 @@ class RewardScorer:
             )
         if workers < 1:
             raise ConfigurationError(f"data.init_args.reward_workers={workers} must be at least 1")
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _LEAST_WORKER_BYTES
+        if workers > most:
+            raise ConfigurationError(
+                f"data.init_args.reward_workers={workers}: this machine's memory holds {most} "
+                "processes at most; lower it"
+            )
         self._pickled = pickled_for_workers(reward)
         self._is_async = any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
         self._reward = reward

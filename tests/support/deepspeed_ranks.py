@@ -151,6 +151,25 @@ def stage_3_resumed_within_a_batch(checkpoint: Path, directory: Path) -> Any:
     return resume(3, checkpoint, directory, at=3, **TWO_UPDATES)
 
 
+def cut_within_a_step(stage: int, checkpoint: Path, directory: Path) -> Any:
+    """What goes on from a checkpoint between two micro-batches of a step."""
+    save = ranks.SaveWithinAStep(directory)
+    options: dict[str, Any] = {"data": {"updates_per_batch": 2}, "max_steps": 6}
+    uncut = train(stage, checkpoint, directory / "uncut", callbacks=[save], **options)
+    cut = train(stage, checkpoint, directory / "cut", ckpt_path=save.file, **options)
+    return {"uncut": uncut, "cut": cut}
+
+
+@scenario
+def stage_2_cut_within_a_step(checkpoint: Path, directory: Path) -> Any:
+    return cut_within_a_step(2, checkpoint, directory)
+
+
+@scenario
+def stage_3_cut_within_a_step(checkpoint: Path, directory: Path) -> Any:
+    return cut_within_a_step(3, checkpoint, directory)
+
+
 def validate(stage: int, checkpoint: Path, directory: Path, ckpt_path: Path) -> Any:
     trainer, module, data, _ = build(
         checkpoint,
