@@ -21,6 +21,7 @@ from copris_lightning.datamodules.checks import (
     check_limits,
     check_optimizer,
     check_sync,
+    write_before_sync,
 )
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import Advantage
@@ -272,6 +273,7 @@ class RolloutDataModule(L.LightningDataModule):
             epoch = shape.epoch(len(self._streams["prompts"]), self.settings.batch_groups)
             check_epochs(self.trainer, shape, epoch)
         check_sync(self.trainer)
+        write_before_sync(self.trainer)
         directory_of(self.trainer)
         for callback in callbacks(self.trainer):
             if isinstance(callback, RunWriter):
