@@ -10,6 +10,9 @@
     ├── RewardError                              a reward raised, hung or returned no number
     ├── RolloutError                             the rollout cannot go on (prompts used up, ...)
     └── QuarantineError                          too many trajectories are not finite
+
+A few have kinds of their own where they are told apart: a finished run (``resume``), a stuck thread
+(``loop_thread``), a server that is lost or refuses (``vllm_client``).
 """
 
 from __future__ import annotations

@@ -330,7 +330,7 @@ class CoprisModule(L.LightningModule):
 
     def expected_weights(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the policy's weights in a checkpoint; the model is not loaded."""
-        model = empty_model(self.model)
+        model = empty_model(self.model, trust_remote_code=self.trust_remote_code)
         if self.lora is not None:
             self.lora.insert(model)
         return ((f"policy.model.{n}", tuple(t.shape)) for n, t in model.state_dict().items())

@@ -6,10 +6,12 @@ import functools
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
 import torch
@@ -18,16 +20,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.runs import RECORD, Place, decide, place_of
-from copris_lightning.trainer_parts import callbacks
+from copris_lightning.trainer_parts import callbacks, datamodule
 
 _LIGHTNINGS = ("best", "hpc")
 """Values of ``ckpt_path`` that are left to Lightning, as are those with a scheme."""
 
-_UNREADABLE = (
-    *(OSError, RuntimeError, ValueError, EOFError, AttributeError, TypeError, KeyError),
-    pickle.UnpicklingError,
+UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
+    *(AttributeError, ImportError, NotImplementedError, AssertionError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile),
 )
-"""What loading something that is no checkpoint raises."""
+"""What torch's and Python's readers raise on bytes that nobody wrote for them."""
+
+_starts: WeakKeyDictionary[L.Trainer, tuple[Any, bool | None]] = WeakKeyDictionary()
+"""What running commands go on from, and their ``weights_only``."""
 
 _CHOSEN = "COPRIS_CKPT_PATH"
 """Tells the ranks that Lightning starts what this one goes on from; empty for nothing."""
@@ -69,6 +75,7 @@ def attach(trainer: Any) -> None:
     if isinstance(connector._select_ckpt_path, functools.partial):
         return
     connector._select_ckpt_path = functools.partial(_select, trainer, connector._select_ckpt_path)
+    trainer._run = functools.partial(_run, trainer, trainer._run)
     for callback in callbacks(trainer):
         if isinstance(callback, OnExceptionCheckpoint):
             _guard(callback)
@@ -95,6 +102,24 @@ def _select(
         found = resolve(trainer, state_fn.value, ckpt_path)
     _decide(trainer, state_fn.value, found)
     return found
+
+
+def _run(
+    trainer: L.Trainer,
+    lightnings: Callable[..., Any],
+    model: Any,
+    ckpt_path: Any = None,
+    weights_only: bool | None = None,
+) -> Any:
+    """Lightning's own, which puts the path on the trainer only when it loads the file, after all
+    is set up, and ``weights_only`` nowhere."""
+    _starts[trainer] = ckpt_path, weights_only
+    return lightnings(model, ckpt_path=ckpt_path, weights_only=weights_only)
+
+
+def starting_point(trainer: L.Trainer) -> tuple[Any, bool | None]:
+    """The running command's checkpoint, or ``None``; and its ``weights_only``."""
+    return _starts.get(trainer, (None, None))
 
 
 def _decide(trainer: L.Trainer, command: str, found: str | Path | None) -> None:
@@ -150,7 +175,7 @@ def read(path: Path) -> Facts:
         loops = state.get("loops", {}).get("fit_loop", {})
         epochs = loops.get("epoch_progress", {}).get("current", {}).get("processed")
         step = state.get("global_step")
-    except _UNREADABLE:
+    except UNREADABLE:
         return Facts(None, None, _run_of(path, None))
     return Facts(step, epochs, _run_of(path, recorded))
 
@@ -258,11 +283,14 @@ def _check_unfinished(trainer: L.Trainer, path: Path, facts: Facts) -> None:
 
 def _guard(callback: Any) -> None:
     """Keep an ``OnExceptionCheckpoint`` from replacing a run's checkpoint by one of nothing, when
-    ``setup`` fails, and from deleting it at the end of another run."""
+    a run fails before it trains, and from deleting it at the end of another run.
+
+    What failed may be the very file that it would write over, refused.
+    """
     save, remove = callback.on_exception, callback.teardown
 
     def on_exception(trainer: Any, *others: Any) -> None:
-        if trainer.fit_loop.epoch_progress.current.ready:
+        if getattr(datamodule(trainer), "has_begun", True):
             save(trainer, *others)
 
     def teardown(trainer: Any, *others: Any, **more: Any) -> None:

@@ -286,7 +286,7 @@ def test_text_is_not_tidied_up() -> None:
 # -- code of the checkpoint's own ----------------------------------------------------------
 
 
-def test_a_checkpoint_with_its_own_code_trains_once_it_is_trusted(
+def test_a_checkpoint_with_its_own_code_trains_and_resumes_once_it_is_trusted(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     own = with_own_code(tiny_checkpoint, tmp_path / "own")
@@ -295,7 +295,10 @@ def test_a_checkpoint_with_its_own_code_trains_once_it_is_trusted(
     trainer.fit(module, data)
     assert type(module.policy.model).__name__ == "OwnForCausalLM"
     assert log.count("sync 1") == 1
-    assert ledger(tmp_path)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    trainer, module, data, log = build(own, tmp_path, model=trust, data=trust, max_steps=3)
+    trainer.fit(module, data, ckpt_path=tmp_path / "saved.ckpt")
+    assert {row["batch"] for row in ledger(tmp_path)} == {0, 1, 2}
 
 
 def test_it_is_refused_by_module_and_data_module_while_it_is_not(

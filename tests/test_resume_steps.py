@@ -15,7 +15,7 @@ from simulated_fits import build, ledger
 from torch import Tensor
 
 from copris_lightning.callbacks.weight_sync import WeightSync
-from copris_lightning.errors import ConfigurationError
+from copris_lightning.errors import ConfigurationError, EngineError
 
 ACCUMULATE, UPDATES = 3, 2
 PER_BATCH = ACCUMULATE * UPDATES
@@ -167,6 +167,33 @@ def test_a_checkpoint_saved_on_an_exception_goes_on_as_the_uncut_run(
     trainer, module, data, recorder = make(tiny_checkpoint, tmp_path)
     trainer.fit(module, data, ckpt_path=saver.ckpt_path, weights_only=True)
     uncut.assert_same(trainer, module, recorder, tmp_path)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_batch_whose_sync_failed_is_in_the_ledger_and_not_in_the_next_ones_figures(
+    tiny_checkpoint: Path, tmp_path: Path, version: int
+) -> None:
+    steps = 3 * UPDATES
+    trainer, module, data, whole = make(tiny_checkpoint, tmp_path / "whole", max_steps=steps)
+    trainer.fit(module, data)
+    saver = OnExceptionCheckpoint(tmp_path)
+    trainer, module, data, _ = make(
+        tiny_checkpoint, tmp_path, [saver], max_steps=steps, enable_checkpointing=True
+    )
+    update = data.engine.update_weights
+
+    async def fail(weights: Any, number: int) -> None:
+        if number == version:
+            raise EngineError("the engine died")
+        await update(weights, number)
+
+    data.engine.update_weights = fail
+    with pytest.raises(EngineError, match="the engine died"):
+        trainer.fit(module, data)
+    trainer, module, data, recorder = make(tiny_checkpoint, tmp_path, max_steps=steps)
+    trainer.fit(module, data, ckpt_path=saver.ckpt_path)
+    assert ledger(tmp_path) == ledger(tmp_path / "whole")
+    assert recorder.figures == {i: whole.figures[i] for i in range(version, 3)}
 
 
 class HalfStep(torch.optim.SGD):

@@ -16,6 +16,7 @@ from copris_lightning.core.estimator import Estimate
 from copris_lightning.core.ratios import clamp_log_ratio
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.running import restore, saved
+from copris_lightning.trainer_parts import datamodule
 
 
 class LagStatistics(Metric):
@@ -190,7 +191,8 @@ class StalenessMonitor(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count where the batches are, from where a checkpoint stopped."""
         self.statistics.to(pl_module.device)
-        if not self._at_step:
+        # Where the sync of a batch failed, nobody said that the batch was over.
+        if not self._at_step or not datamodule(trainer).training.has_open_batch:
             return
         self.statistics.known |= set(self._at_step["known"])
         for name in self._at_step["corrections"]:

@@ -6,7 +6,6 @@ its CRC-32. Files that cannot be read on this machine's disk are left to Lightni
 
 from __future__ import annotations
 
-import inspect
 import io
 import pickle
 import zipfile
@@ -16,22 +15,16 @@ from typing import Any, BinaryIO
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import OnExceptionCheckpoint
 
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.steps import refuse_torn
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.resume import UNREADABLE, starting_point
 
 _RECORDS = ("*.pt", "*.distcp")
 _REST = "meta.pt"
 """Where Lightning puts what is not split, beside torch's distributed checkpoints."""
 _FIT_KEYS = ("loops", "callbacks", "optimizer_states", "lr_schedulers")
-_UNREADABLE = (
-    *(OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
-    *(AttributeError, ImportError, NotImplementedError, AssertionError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile),
-)
-"""What torch's and Python's readers raise on bytes that nobody wrote for them."""
 
 
 def check_resumed(trainer: L.Trainer, data: L.LightningDataModule, run: Continuity | None) -> None:
@@ -78,32 +71,6 @@ def check_resumed(trainer: L.Trainer, data: L.LightningDataModule, run: Continui
         raise _refusal(name, f"its rollout is not one of this version ({error!r})") from error
 
 
-def starting_point(trainer: L.Trainer) -> tuple[Any, bool | None]:
-    """The running command's checkpoint, and its ``weights_only``.
-
-    Lightning hands the two down its own calls, and puts the path on the trainer only when it loads
-    the file, after everything is set up. So they are read where it has them.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        here = frame.f_locals
-        if frame.f_code.co_name == "_run" and here.get("self") is trainer:
-            return here.get("ckpt_path"), here.get("weights_only")
-        frame = frame.f_back
-    return None, None
-
-
-def hold_back_savers(trainer: Any) -> list[L.Callback]:
-    """Take out callbacks that save when a run fails; the caller puts them back.
-
-    Until a checkpoint is restored there is nothing to save, and what is refused may be the very
-    file that they would write over.
-    """
-    held: list[L.Callback] = [c for c in trainer.callbacks if isinstance(c, OnExceptionCheckpoint)]
-    trainer.callbacks = [c for c in trainer.callbacks if c not in held]
-    return held
-
-
 def check_file(path: Path) -> None:
     """Read a checkpoint once and compare its checksums.
 
@@ -144,7 +111,7 @@ class _reading:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ConfigurationError) or not isinstance(error, _UNREADABLE):
+        if isinstance(error, ConfigurationError) or not isinstance(error, UNREADABLE):
             return
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise _refusal(self._name, f"it cannot be read ({reason})") from error

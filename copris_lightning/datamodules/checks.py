@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from copris_lightning.datamodules.batches import BatchShape
-from copris_lightning.datamodules.protocols import WeightSyncer
+from copris_lightning.datamodules.protocols import RunWriter, WeightSyncer
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.errors import ConfigurationError
@@ -32,6 +32,18 @@ def check_sync(trainer: L.Trainer) -> None:
         )
     for syncer in syncers:
         syncer.check(trainer)
+
+
+def write_before_sync(trainer: Any) -> None:
+    """Have callbacks that write batches down come before the one that syncs.
+
+    A batch whose sync fails has been trained on: the run that goes on from there does not come to
+    it again.
+    """
+    others = [c for c in callbacks(trainer) if not isinstance(c, RunWriter)]
+    writers = [c for c in callbacks(trainer) if isinstance(c, RunWriter)]
+    place = next(i for i, c in enumerate(others) if isinstance(c, WeightSyncer))
+    trainer.callbacks = [*others[:place], *writers, *others[place:]]
 
 
 def check_estimator(trainer: L.Trainer, settings: RolloutSettings) -> None:

@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 from copris_lightning.core.advantage import grpo
 from copris_lightning.core.trajectory import LogprobSource
 from copris_lightning.datamodules.batches import BatchShape
-from copris_lightning.datamodules.checkpoint_file import check_resumed, hold_back_savers
+from copris_lightning.datamodules.checkpoint_file import check_resumed
 from copris_lightning.datamodules.checks import (
     check_epochs,
     check_estimator,
     check_limits,
     check_optimizer,
     check_sync,
+    write_before_sync,
 )
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import Advantage
@@ -219,9 +220,10 @@ class RolloutDataModule(L.LightningDataModule):
         """The engine's thread; on rank 0 only, from ``setup`` to ``teardown``."""
         self.training: TrainingStream | None = None
         """The training stream, in ``fit``."""
+        self.has_begun = False
+        """Whether ``fit`` is past restoring and starting, so that there is something to save."""
         self._streams: dict[str, PromptStream] = {}
         self._identity: DataIdentity | None = None
-        self._held_back: list[L.Callback] = []
         self._stop_ids: tuple[int, ...] = ()
         self.exchange: Exchange | None = None
         """Between ranks, from ``setup`` on."""
@@ -246,8 +248,7 @@ class RolloutDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         """Check everything that can be known wrong, then boot the engine on rank 0."""
         assert self.trainer is not None
-        if stage == "fit":
-            self._held_back += hold_back_savers(self.trainer)
+        self.has_begun = False
         trusted = self.trust_remote_code
         config = load_config(self.model, trust_remote_code=trusted)
         self.settings.check_context(context_length(config))
@@ -272,6 +273,7 @@ class RolloutDataModule(L.LightningDataModule):
             epoch = shape.epoch(len(self._streams["prompts"]), self.settings.batch_groups)
             check_epochs(self.trainer, shape, epoch)
         check_sync(self.trainer)
+        write_before_sync(self.trainer)
         directory_of(self.trainer)
         for callback in callbacks(self.trainer):
             if isinstance(callback, RunWriter):
@@ -440,10 +442,12 @@ class RolloutDataModule(L.LightningDataModule):
         """Micro-batches; asking for the first of a batch rolls it out."""
         if self.training is None:  # DeepSpeed looks for a batch size here, whatever the command
             return SizedStream(0, lambda: iter(()))
-        # All is restored: from here on there is something to save when the run fails.
-        callbacks(self.trainer).extend(self._held_back)
-        self._held_back = []
-        return SizedStream(len(self.training), self.training.__iter__)
+        return SizedStream(len(self.training), self._micro_batches)
+
+    def _micro_batches(self) -> Iterator[Any]:
+        assert self.training is not None
+        self.has_begun = True
+        yield from self.training
 
     def val_dataloader(self) -> SizedStream | list[Any]:
         """Evaluated prompts of ``val_prompts``; nothing if there are none."""

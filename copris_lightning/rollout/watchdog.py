@@ -8,13 +8,17 @@ of death and a deadline, or a reason why it needs only one. ``D.x`` is a field o
 wait, and where             ended by the other's death              ended by a deadline
 ==========================  ======================================  ==========================
 **vLLM in this run** (vllm, vllm_processes)
-boot                        vLLM's start watches its processes      D.boot_s, then killed
+boot                        vLLM's start watches its processes,     D.boot_s, then killed
+                            and its cores are looked at
+its last words, once dead   --                                      5 s
 generate, score             vLLM ends the streams                   D.stall_s, then killed
 load weights, add_lora,     :meth:`Watchdog.guard`                  D.sync_s
-drop prefixes, sleep, wake,
+report what arrived, drop
+prefixes, sleep, wake,
 explain a mismatch
-weight transfer (its init,  :meth:`Watchdog.guard`                  D.sync_s
-start, update, finish)
+weight transfer (its watch, :meth:`Watchdog.guard`                  D.sync_s
+init, start, update,
+finish, report)
 the transfer's own GPU      the collective library's                the collective library's
 copies (ipc, nccl)
 shutdown                    --                                      20 s, then killed
@@ -23,18 +27,23 @@ questions, resume           the connection breaks                   connect_time
 generate, score, pause      the connection breaks                   stall_timeout_s
 load weights, explain       the connection breaks (a server whose   sync_timeout_s
                             engine died ends within seconds)
-**rewards** (reward_worker)
+**rewards** (reward_worker, session)
 start of a worker           its pipe breaks                         start_s of RewardScorer
-a call in a worker          its pipe breaks                         reward_timeout_s
-end of a worker             --                                      killed at once
+the engine's boot, for it   --                                      30 s, then both go on
+a call in a worker          its pipe breaks                         reward_timeout_s (if async,
+                                                                    at most 6 s more)
+end of a worker             --                                      idle: 2 s, then killed;
+                                                                    busy: killed at once
 **the rollout thread** (loop_thread, session)
 call                        looked at five times a second           whatever the work waits for
 call that is not to be      looked at five times a second           BRIEF_S of session
 interrupted
 a cancelled call's cleanup  looked at five times a second           CLEANUP_S of loop_thread
 close, join                 --                                      CLEANUP_S of loop_thread
-**other ranks** (exchange)
-scatter, gather             gloo: the connection breaks             30 days: rollouts take long
+**other ranks** (exchange, runs, module)
+scatter, broadcast, gather  gloo: the connection breaks             30 days: rollouts take long
+what the strategy reduces   the collective library's                the strategy's timeout
+or broadcasts
 **an engine's processes, for their owner** (owner)
 owner, core                 looked at once a second                 --
 ==========================  ======================================  ==========================

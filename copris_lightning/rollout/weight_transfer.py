@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from copris_lightning.rollout.engine import Run, Weights
-
-TransferBackend = Literal["ipc", "nccl"]
 
 
 class FullWeights(WeightSource):
