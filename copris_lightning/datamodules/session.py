@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.decoding import ResponseDecoder
-from copris_lightning.datamodules.loop_thread import CLEANUP_S, LoopThread, StuckError
+from copris_lightning.datamodules.loop_thread import CLEANUP_S, LoopThread
 from copris_lightning.rollout.engine import Decoding, Engine, EngineSpec, Killable
 from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
@@ -60,12 +60,12 @@ class RolloutSession:
         self._schedulers: list[RolloutScheduler] = []
         self._closed = threading.Lock()
         self._loop = LoopThread(engine.new_event_loop)
-        try:
-            with _ended_by_sigterm():
+        with _stopped_once():
+            try:
                 self.call(self._start(spec))
-        except BaseException:
-            self.close()
-            raise
+            except BaseException:
+                self.close()
+                raise
 
     async def _start(self, spec: EngineSpec) -> None:
         # A reward that cannot be imported is better known before the engine boots; one that takes
@@ -168,26 +168,39 @@ class RolloutSession:
         """Close it, or kill its processes: Python's end would wait for them."""
         try:
             self._loop.call(self.engine.close(), timeout_s=CLEANUP_S)
-        except StuckError:
+        except BaseException:  # it hangs, or whoever waits for it was told to stop
             if isinstance(self.engine, Killable):
                 self.engine.kill()
             raise
 
 
 @contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """Within the block SIGTERM is an exception, so that all is cleaned up. Lightning listens to it
-    only once everything is set up; until then it would end this process at once."""
-    is_ours = threading.current_thread() is threading.main_thread()
-    if not is_ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+def _stopped_once() -> Iterator[None]:
+    """Within the block the first SIGTERM or Ctrl-C is an exception, and later ones are nothing: all
+    that was started gets cleaned up. Lightning listens to SIGTERM only once everything is set up;
+    until then it would end this process at once."""
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
+    stopped = False
 
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:
+            return
+        stopped = True
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    # Whoever has a handler of their own, or ignores the signal, goes on doing so.
+    plain: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    ours = [number for number in plain if signal.getsignal(number) == plain[number]]
+    for number in ours:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in ours:
+            signal.signal(number, plain[number])

@@ -78,6 +78,8 @@ def read_cause(directory: str | Path, since: float) -> str:
 def _with_signal_names(text: str) -> str:
     from copris_lightning.rollout.watchdog import exit_reason
 
+    # vLLM may look before there is an exit code.
+    text = text.replace(" (exit code: None)", "")
     return re.sub(r"\(exit code: (-?\d+)\)", lambda m: f"({exit_reason(int(m[1]))})", text)
 
 

@@ -261,7 +261,7 @@ class VLLMEngine:
     async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Write the weights, or a LoRA adapter, to shared memory and have the workers load them."""
         await self.begin_update()
-        llm = self._running()
+        llm = await self._running()
         tensors = dict(weights)
         adapter = adapter_shape(tensors)
         with handed_over(tensors.items(), self.sync_directory) as path:
@@ -290,7 +290,7 @@ class VLLMEngine:
     async def begin_update(self) -> None:
         """Wake the memory of the weights only, so that the old KV cache need not fit beside what
         the update takes."""
-        llm = self._running()
+        llm = await self._running()
         if llm.get_num_unfinished_requests():
             raise WeightSyncError(
                 f"{llm.get_num_unfinished_requests()} requests are in flight during a sync"
@@ -302,7 +302,7 @@ class VLLMEngine:
 
     async def finish_update(self, version: int) -> None:
         """Wake the KV cache and drop the prefixes computed with the old weights."""
-        llm = self._running()
+        llm = await self._running()
         if self.transport != "files":
             report = llm.collective_rpc("transfer_report")
             _check_arrival(await self._processes.call(report, "report what arrived"), version)
@@ -316,7 +316,7 @@ class VLLMEngine:
     async def rest(self) -> None:
         """Give the GPU's memory to the trainer, if ``sleep_level`` says so."""
         if self.sleep_level is not None and not self._asleep:
-            await self._processes.call(self._running().sleep(self.sleep_level), "sleep")
+            await self._processes.call((await self._running()).sleep(self.sleep_level), "sleep")
             self._asleep = True
 
     async def _wake(self) -> None:
@@ -329,7 +329,7 @@ class VLLMEngine:
                     "engine.init_args.sleep_level=2 threw the weights away, and no sync has come "
                     "since; use 1"
                 )
-            await self._processes.call(self._running().wake_up(), "wake up")
+            await self._processes.call((await self._running()).wake_up(), "wake up")
             self._asleep = False
 
     async def _load_adapter(self, llm: AsyncLLM, folder: Path) -> list[dict[str, Any]]:
@@ -376,7 +376,7 @@ class VLLMEngine:
                 "compared, and it may compute in another dtype than the trainer"
             )
         with handed_over(tensors.items(), self.sync_directory) as path:
-            compare = self._running().collective_rpc("explain_mismatch", args=(str(path),))
+            compare = (await self._running()).collective_rpc("explain_mismatch", args=(str(path),))
             answers = await self._processes.call(compare, "compare the weights")
         return "; ".join(dict.fromkeys(answers))
 
@@ -390,10 +390,10 @@ class VLLMEngine:
         """See :class:`Killable`."""
         self._processes.kill()
 
-    def _running(self) -> AsyncLLM:
+    async def _running(self) -> AsyncLLM:
         if self._llm is None:
             raise EngineError("the vLLM engine is not running")
-        self._processes.check_alive()
+        await self._processes.check_alive(self._llm)
         return self._llm
 
     async def _outputs(
@@ -404,7 +404,7 @@ class VLLMEngine:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        llm = self._running()
+        llm = await self._running()
         if self._asleep:
             await self._wake()
         try:

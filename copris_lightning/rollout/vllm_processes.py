@@ -230,15 +230,14 @@ class VLLMProcesses:
             cause = self._cause() or seen
         return EngineError(obituary(self._cores, cause))
 
-    def check_alive(self) -> None:
+    async def check_alive(self, llm: AsyncLLM) -> None:
         """Raise what :meth:`death` says, if the engine has died already.
 
         Raises:
-            EngineError: it has.
+            EngineError: it has. Its processes may still be there: a core takes a while to end.
         """
-        if any(core.exitcode is not None for core in self._cores):
-            assert self._watchdog is not None
-            raise EngineError(self._watchdog.verdict())
+        if llm.errored or any(core.exitcode is not None for core in self._cores):
+            raise await self.death()
 
     @contextmanager
     def working(self) -> Iterator[None]:

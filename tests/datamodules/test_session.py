@@ -54,12 +54,9 @@ def rollout_threads() -> list[threading.Thread]:
 @pytest.mark.parametrize(
     ("place", "calls", "number"),
     [
-        ("boot", 1, signal.SIGINT),  # SIGTERM ends the process: Lightning does not catch it yet
-        *(
-            (place, n, number)
-            for place, n in (("sync", 1), ("sync", 2), ("score", 2))
-            for number in (signal.SIGINT, signal.SIGTERM)
-        ),
+        (place, n, number)
+        for place, n in (("boot", 1), ("sync", 1), ("sync", 2), ("score", 2))
+        for number in (signal.SIGINT, signal.SIGTERM)
     ],
 )
 def test_a_run_that_waits_for_its_engine_can_be_stopped(
@@ -70,12 +67,81 @@ def test_a_run_that_waits_for_its_engine_can_be_stopped(
     data.engine = engine
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        # Lightning ends the process itself after a Ctrl-C.
-        with pytest.raises(SystemExit if number == signal.SIGINT else SIGTERMException):
+        # Lightning ends the process itself after a Ctrl-C, and does not know SIGTERM in the boot.
+        ends = number == signal.SIGINT or place == "boot"
+        with pytest.raises(SystemExit if ends else SIGTERMException):
             trainer.fit(module, data)
     finally:
         signal.signal(signal.SIGINT, before)
     assert engine.closed == 1
+    assert rollout_threads() == []
+
+
+class SlowToStop(LoggingEngine):
+    """Told to stop while it boots; it is told again whatever it does about that."""
+
+    def __init__(self, first: signal.Signals, again: signal.Signals) -> None:
+        super().__init__([])
+        self.first, self.again = first, again
+        self.cleaned: list[str] = []
+
+    async def _clean(self, what: str) -> None:
+        os.kill(os.getpid(), self.again)
+        await asyncio.sleep(0.5)
+        self.cleaned.append(what)
+
+    async def start(self, spec: Any) -> None:
+        try:
+            os.kill(os.getpid(), self.first)
+            await asyncio.Event().wait()
+        finally:
+            await self._clean("start")
+
+    async def close(self) -> None:
+        await self._clean("close")
+
+
+@pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_boot_that_is_stopped_twice_is_cleaned_up_whole(
+    tiny_checkpoint: Path, tmp_path: Path, first: signal.Signals, again: signal.Signals
+) -> None:
+    trainer, module, data, _ = build(tiny_checkpoint, tmp_path)
+    data.engine = engine = SlowToStop(first, again)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            trainer.fit(module, data)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ended.value.code == (1 if first == signal.SIGINT else 128 + signal.SIGTERM)
+    assert engine.cleaned == ["start", "close"]
+    assert rollout_threads() == []
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_while_the_engine_is_closed_kills_it(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    class Leaving(LoggingEngine):
+        killed = 0
+
+        async def close(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            await asyncio.sleep(30)
+
+        def kill(self) -> None:
+            self.killed += 1
+
+    trainer, module, data, _ = build(tiny_checkpoint, tmp_path, max_steps=1)
+    data.engine = engine = Leaving([])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit):
+            trainer.fit(module, data)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert engine.killed == 1
     assert rollout_threads() == []
 
 

@@ -58,6 +58,11 @@ def test_an_exit_code_in_the_text_is_put_into_words(tmp_path: Path) -> None:
     )
 
 
+def test_an_exit_code_that_was_not_known_is_left_out(tmp_path: Path) -> None:
+    log_in(tmp_path).error("Worker proc W-0 died unexpectedly (exit code: None), shutting down.")
+    assert read_cause(tmp_path, 0).endswith("W-0 died unexpectedly, shutting down.")
+
+
 def test_warnings_and_the_owners_own_errors_are_not_told(tmp_path: Path) -> None:
     log_in(tmp_path).warning("slow")
     log_in(tmp_path, owner=os.getpid()).error("mine")

@@ -10,10 +10,11 @@ from copris_lightning.rollout.vllm_worker import CoprisWorkerExtension
 class FailingExtension(CoprisWorkerExtension):
     """After its first sync, forward passes raise."""
 
-    def load_trainer_weights(self, path: str) -> None:
-        super().load_trainer_weights(path)
+    def load_trainer_weights(self, path: str) -> dict[str, Any]:
+        report = super().load_trainer_weights(path)
 
         def execute_model(*args: Any, **kwargs: Any) -> Any:
             raise ArithmeticError("a kernel has no answer")
 
         self.model_runner.execute_model = execute_model
+        return report

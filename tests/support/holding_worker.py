@@ -16,13 +16,14 @@ class HoldingExtension(CoprisWorkerExtension):
 
     _copris_loads = 0
 
-    def load_trainer_weights(self, path: str) -> None:
+    def load_trainer_weights(self, path: str) -> dict[str, Any]:
         self._copris_loads += 1
         if self._copris_loads == 2:
             hold("sync")
-        super().load_trainer_weights(path)
+        report = super().load_trainer_weights(path)
         if self._copris_loads == 1:
             self._hold_in_forward_passes()
+        return report
 
     def _hold_in_forward_passes(self) -> None:
         runner = self.model_runner

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
-from served import is_alive
+from served import cores, is_alive
 
 ROOT = Path(__file__).parents[2]
 DEADLINE_S = 240
@@ -85,7 +85,7 @@ class Run:
 
     def cores(self) -> list[psutil.Process]:
         """The engine's cores."""
-        return [p for p in self.alive() if "EngineCore" in " ".join(p.cmdline())]
+        return cores(self.started.values())
 
     def workers(self) -> list[psutil.Process]:
         """The engine's workers."""

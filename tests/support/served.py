@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -29,6 +30,17 @@ def is_alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def cores(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those that are an engine's core and live."""
+    found = []
+    for process in processes:
+        # It may end between the two looks.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if is_alive(process) and "EngineCore" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 class Served:
