@@ -77,7 +77,7 @@ def _prompt(source: PromptSource, index: int) -> Prompt:
         prompt: Any = source[index]
     except ConfigurationError as error:
         raise _Refused(str(error)) from error
-    except Exception as error:
+    except Exception as error:  # a user's source may raise anything
         raise UnusablePrompt(f"cannot be read: it raised {error!r}") from error
     if not isinstance(prompt, Prompt):
         raise UnusablePrompt(f"is {shown(prompt)}, not a copris_lightning.Prompt")

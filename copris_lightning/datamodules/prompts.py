@@ -120,7 +120,7 @@ class PromptEncoder:
     def _ids(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         try:
             ids: Any = self._tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-        except Exception as error:
+        except Exception as error:  # a tokenizer of the checkpoint's own may raise anything
             raise UnusablePrompt(f"cannot be tokenized: {type(error).__name__}: {error}") from error
         if not ids:
             raise UnusablePrompt("is empty")

@@ -266,12 +266,7 @@ class RolloutDataModule(L.LightningDataModule):
             hidden_size=int(getattr(config, "hidden_size", 1024)),
         )
         if stage == "fit":
-            check_limits(self.trainer)
-            check_optimizer(self.trainer)
-            shape.check(self.settings.batch_groups, self.settings.group_size)
-            check_estimator(self.trainer, self.settings)
-            epoch = shape.epoch(len(self._streams["prompts"]), self.settings.batch_groups)
-            check_epochs(self.trainer, shape, epoch)
+            self._check_training(shape)
         check_sync(self.trainer)
         write_before_sync(self.trainer)
         directory_of(self.trainer)
@@ -314,6 +309,14 @@ class RolloutDataModule(L.LightningDataModule):
                 exchange=self.exchange,
                 observer=self._observe,
             )
+
+    def _check_training(self, shape: BatchShape) -> None:
+        check_limits(self.trainer)
+        check_optimizer(self.trainer)
+        shape.check(self.settings.batch_groups, self.settings.group_size)
+        check_estimator(self.trainer, self.settings)
+        epoch = shape.epoch(len(self._streams["prompts"]), self.settings.batch_groups)
+        check_epochs(self.trainer, shape, epoch)
 
     def _continuity(self, shape: BatchShape) -> Continuity:
         assert self._identity is not None

@@ -176,7 +176,7 @@ class ChatRenderer:
                 tokenize=False,
                 **self._template.options,
             )
-        except Exception as error:
+        except Exception as error:  # a template is a program of the checkpoint's
             kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             raise UnusablePrompt(f"is refused by the chat template: {kind}{error}") from error
         assert isinstance(text, str)

@@ -35,7 +35,7 @@ def pickled_for_workers(reward: object) -> bytes:
     try:
         # In protocol 3 an imported name is one instruction with its module and name as argument.
         pickled = pickle.dumps(reward, protocol=3)
-    except Exception as error:
+    except Exception as error:  # a user's class may raise anything
         raise ConfigurationError(
             f"data.init_args.reward: {reward!r} cannot be sent to a worker process "
             f"({error}); define it at the top level of a module"
