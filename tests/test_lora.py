@@ -364,7 +364,7 @@ def test_engines_refuse_adapters_that_they_cannot_take(
     ("settings", "message"),
     [
         ({"rank": 0}, r"model\.init_args\.lora\.rank=0 must be at least 1"),
-        ({"alpha": 0.0}, r"lora\.alpha=0\.0 must be above 0"),
+        ({"alpha": 0.0}, r"lora\.alpha=0\.0 must be a number above 0"),
         ({"sync": "both"}, r"lora\.sync='both' must be merge or adapter"),
         ({"target_modules": []}, r"lora\.target_modules=\[\] names no layer"),
         (

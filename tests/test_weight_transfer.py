@@ -87,6 +87,8 @@ def test_what_needs_a_gpu_says_so_before_it_boots(
 
 def test_weights_that_were_thrown_away_have_to_be_synced_first() -> None:
     class Asleep:
+        errored = False
+
         async def sleep(self, level: int) -> None:
             assert level == 2
 
