@@ -86,14 +86,10 @@ def test_what_needs_a_gpu_says_so_before_it_boots(
 
 
 def test_weights_that_were_thrown_away_have_to_be_synced_first() -> None:
-    class Asleep:
+    class Running:
         errored = False
 
-        async def sleep(self, level: int) -> None:
-            assert level == 2
-
     engine = VLLMEngine(sleep_level=2)
-    engine._llm = Asleep()
-    asyncio.run(engine.rest())
+    engine._llm, engine._asleep = Running(), True
     with pytest.raises(EngineError, match="sleep_level=2 threw the weights away"):
         asyncio.run(engine.score([[1, 2]]))
