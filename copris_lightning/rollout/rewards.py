@@ -50,6 +50,10 @@ behind a network, say) is awaited on one event loop, any number of responses at 
 """
 
 
+_MOST_WORKERS = 1024
+"""Some hundred processes keep any machine busy; above are typing errors."""
+
+
 class BoxedMatch:
     """1.0 if the response's last ``\\boxed{...}`` is the answer, character for character.
 
@@ -110,6 +114,11 @@ class RewardScorer:
             )
         if workers < 1:
             raise ConfigurationError(f"data.init_args.reward_workers={workers} must be at least 1")
+        if workers > _MOST_WORKERS:
+            raise ConfigurationError(
+                f"data.init_args.reward_workers={workers} must be at most {_MOST_WORKERS}: each is "
+                "a process"
+            )
         self._pickled = pickled_for_workers(reward)
         self._is_async = any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
         self._reward = reward
