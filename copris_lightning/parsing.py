@@ -25,10 +25,12 @@ _CALLABLE = re.compile(
     r"Type .+ expects a function or a callable class: (.*?)(?:\. Got value: .*)?", re.S
 )
 _CLASS_PATH = re.compile(
-    r"argument of type '(?!NoneType)\w+' is not iterable|Expected a dot import path string: ?(?!None$)(.*)"
+    r"argument of type '(?!NoneType)\w+' is not iterable"
+    r"|Expected a dot import path string:(?! None$) ?(.*)"
 )
 _NOT_A_CLASS = (
-    "Not a valid subclass of |argument of type 'NoneType'|Expected a dot import path string: None$"
+    r"Not a valid subclass of |argument of type 'NoneType'|Expected a path but None "
+    r"|Expected a dot import path string: None$"
 )
 _NO_CLASS = "it must be a class_path, with init_args or without, and no other keys"
 _NO_SETTING = "there is no such setting"
