@@ -45,8 +45,9 @@ class CoprisCLI(LightningCLI):
         """Name what Lightning refuses."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, ValueError) as error:
-            raise ConfigurationError(f"trainer: {' '.join(str(error).split())}") from error
+        except (MisconfigurationException, ValueError, TypeError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or "trainer.devices does not fit in memory"
+            raise ConfigurationError(f"trainer: {reason}") from error
 
     def _parse_ckpt_path(self) -> None:
         """Look at the file before Lightning loads it, which it does for hyper-parameters only."""
@@ -95,8 +96,10 @@ class RunConfig(SaveConfigCallback):
         record(trainer, checkpoint)
 
 
-def _seed(seed_everything: bool | int) -> int:
+def _seed(seed_everything: bool | int | None) -> int:
     """``true`` draws a seed for the trainer only; the rollout's must be known to be repeated."""
+    if seed_everything is None:
+        raise ConfigurationError("seed_everything=null must be true or false or a whole number")
     if not 0 <= seed_everything < 2**32:
         raise ConfigurationError(f"seed_everything={seed_everything} must be from 0 to 2^32 - 1")
     return 0 if isinstance(seed_everything, bool) else seed_everything

@@ -7,17 +7,33 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import get_loader, set_loader
+from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from copris_lightning.errors import ConfigurationError
 
 _EXPECTED = re.compile(
-    r"Expected an? (<class '[^']+'>|typing\.Literal\[.+?\])(?:\. Got value: (.*))?", re.S
+    r"Expected an? (<class '[^']+'>|typing\.Literal\[.+?\])"
+    r"(?:\. Got value: (.*?)(?:\. Got value: .*)?)?",
+    re.S,
 )
+_CALLABLE = re.compile(
+    r"Type .+ expects a function or a callable class: (.*?)(?:\. Got value: .*)?", re.S
+)
+_CLASS_PATH = re.compile(
+    r"argument of type '(?!NoneType)\w+' is not iterable"
+    r"|Expected a dot import path string:(?! None$) ?(.*)"
+)
+_NOT_A_CLASS = (
+    r"Not a valid subclass of |argument of type 'NoneType'|Expected a path but None "
+    r"|Expected a dot import path string: None$"
+)
+_NO_CLASS = "it must be a class_path, with init_args or without, and no other keys"
+_NO_SETTING = "there is no such setting"
 _NAMES = {
     "NoneType": "null",
     "bool": "true or false",
@@ -43,12 +59,44 @@ class CoprisParser(LightningArgumentParser):
         ours = configuration_error(ex)
         raise ConfigurationError(str(ours) if ours else explain(message)) from ex
 
+    def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
+        """Look at nulls as well, which to the parser say that nothing was given.
+
+        Raises:
+            TypeError: in the parser's own words.
+        """
+        super().validate(namespace, *args, **kwargs)
+        for name in self.groups or ():
+            if name in namespace and namespace[name] is None:
+                raise TypeError(f'Parser key "{name}":\n  Expected a {dict}. Got value: null')
+        for action in self._actions:
+            kind = getattr(action, "_typehint", None)
+            is_given = action.dest in namespace and namespace[action.dest] is None
+            if kind is None or action.default is None or not is_given or _takes_null(kind):
+                continue
+            plain = [k for k in _members(kind) if isinstance(k, type) or get_origin(k) is Literal]
+            lines = [f"Expected a {k}. Got value: null" for k in plain]
+            lines = lines or ["null is no value; leave the key out for its default"]
+            raise TypeError("\n  ".join([f'Parser key "{action.dest}":', *lines]))
+
 
 def configuration_error(error: BaseException | None) -> ConfigurationError | None:
     """The error itself, or the one it wraps: the parser wraps what a class raises."""
     while error is not None and not isinstance(error, ConfigurationError):
         error = error.__cause__ or error.__context__
     return error
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _takes_null(kind: Any) -> bool:
+    return any(
+        member in (None, type(None), Any)
+        or (get_origin(member) is Literal and None in get_args(member))
+        for member in _members(kind)
+    )
 
 
 # -- the parser's errors -------------------------------------------------------------------
@@ -76,10 +124,15 @@ def explain(message: str) -> str:
     expected = [m for m in map(_EXPECTED.fullmatch, texts) if m]
     if len(expected) < len(texts):  # what is not about types says more
         texts = [text for text in texts if not _EXPECTED.fullmatch(text)]
+        said = [text for text in texts if text != _NO_CLASS]
+        if not said and any(m[1] != "<class 'NoneType'>" for m in expected):
+            kinds = " or ".join(dict.fromkeys(_kind(m[1]) for m in expected))
+            return f"{key} must be {kinds} or a class_path with init_args"
+        texts = said or texts
         return f"{key}: {'; '.join(texts)}" if key else "; ".join(texts)
     value = next((m[2] for m in expected if m[2] is not None), None) or _given_value(message)
     kinds = " or ".join(dict.fromkeys(_kind(m[1]) for m in expected))
-    return f"{key}={value} must be {kinds}"
+    return f"{key}={'null' if value == 'None' else value} must be {kinds}"
 
 
 def _tree(message: str) -> list[_Line]:
@@ -120,10 +173,21 @@ def _leaves(
             else:
                 yield inner, match[2].strip()
         elif match := re.match(r"Problem with given class_path '(.+?)':", line.text):
-            is_value = f"<class '{match[1]}'>" in exact and _is_dataclass(match[1])
+            is_value = _is_value(match[1], exact)
             yield from _leaves(line.below, key, within="" if is_value else f"{key}.init_args")
         elif match := re.match(r"Option '(.+?)' is not accepted", line.text):
-            yield f"{prefix}.{match[1]}", "there is no such setting"
+            yield f"{prefix}.{match[1]}", _NO_SETTING
+        elif match := re.match(r"Subcommand '.+?' does not accept option '(.+?)'", line.text):
+            yield match[1], _NO_SETTING
+        elif match := re.match(r"Group '(.+?)' does not accept option '(.+?)'", line.text):
+            yield f"{match[1]}.{match[2]}", _NO_SETTING
+        elif match := _CALLABLE.fullmatch(line.text):
+            yield from _leaves([_Line(match[1], line.below)], key, within=f"{key}.init_args")
+        elif match := _CLASS_PATH.fullmatch(line.text):
+            given = f"={match[1]}" if match[1] else ""
+            yield f"{key}.class_path{given}", "it must be the path of a class: module.Class"
+        elif re.match(_NOT_A_CLASS, line.text):
+            yield key, _NO_CLASS
         elif line.text == "Errors:":
             yield from _leaves(line.below, key, exact=exact)
         elif not re.match("Does not validate|Subtypes:|Given value", line.text):
@@ -131,10 +195,15 @@ def _leaves(
             yield from _leaves(line.below, key)
 
 
-def _is_dataclass(path: str) -> bool:
-    """Whether a class is written in YAML without ``init_args``."""
+def _is_value(path: str, exact: str) -> bool:
+    """Whether a class is written in YAML without ``init_args``: a dataclass, by its own name."""
     module, _, name = path.rpartition(".")
-    return dataclasses.is_dataclass(getattr(import_module(module), name, None))
+    if f".{name}'>" not in exact:
+        return False
+    found = getattr(import_module(module), name, None)
+    if not isinstance(found, type) or not dataclasses.is_dataclass(found):
+        return False
+    return f"<class '{found.__module__}.{found.__qualname__}'>" in exact
 
 
 def _given_value(message: str) -> str:
@@ -170,7 +239,7 @@ def check_files(args: Sequence[str]) -> None:
             continue  # the parser says so, and it also takes a config itself
         try:
             content = _strict(path.read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, _DoubledKeyError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, ConfigurationError) as error:
             raise ConfigurationError(f"--config {path}: {_one_line(error)}") from error
         if not isinstance(content, dict) or not content:
             raise ConfigurationError(
@@ -206,13 +275,17 @@ def _check_keys(text: str) -> None:
     except (yaml.YAMLError, ValueError):  # whoever loads it says what is wrong
         return
     if node is not None:
-        _check_node(node, "")
+        _check_node(node, "", ())
 
 
-def _check_node(node: yaml.Node, path: str) -> None:
+def _check_node(node: yaml.Node, path: str, around: tuple[yaml.Node, ...]) -> None:
+    if any(node is other for other in around):
+        line = node.start_mark.line + 1
+        raise ConfigurationError(f"line {line}: {path} is an alias of what it stands in")
+    around = (*around, node)
     if isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            _check_node(item, f"{path}[{i}]")
+            _check_node(item, f"{path}[{i}]", around)
     if not isinstance(node, yaml.MappingNode):
         return
     lines: dict[str, int] = {}
@@ -224,7 +297,7 @@ def _check_node(node: yaml.Node, path: str) -> None:
                 where = f", in lines {lines[name]} and {line}" if line != lines[name] else ""
                 raise _DoubledKeyError(f"{name} stands twice{where}; leave one")
             lines[name] = line
-        _check_node(value, name)
+        _check_node(value, name, around)
 
 
 def _one_line(error: Exception) -> str:

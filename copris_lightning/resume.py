@@ -62,6 +62,11 @@ def begin(trainer: L.Trainer, command: str, asked: str | Path | None) -> str | N
     """Before a command runs, and before Lightning starts other ranks: see :func:`resolve`."""
     if not trainer.is_global_zero and _CHOSEN in os.environ:
         return os.environ[_CHOSEN] or None
+    if asked == "best":
+        raise ConfigurationError(
+            "--ckpt_path=best is what a run has saved before in the same program, and this one has "
+            "not begun; give a path, or last for the newest checkpoint"
+        )
     found = resolve(trainer, command, asked)
     os.environ[_CHOSEN] = found or ""
     if not _is_lightnings(found):

@@ -45,11 +45,43 @@ VALUES = [
         "data.init_args.behavior_logprobs=x must be trainer or engine",
     ),
     (["--seed_everything=abc"], "seed_everything=abc must be true or false or a whole number"),
-    ([f"{DATA}.reward=nope.Nope"], "data.init_args.reward: .* No module named 'nope'"),
+    ([f"{DATA}.reward=nope.Nope"], "data.init_args.reward: No module named 'nope'"),
     (
         [f"{DATA}.engine.init_args.lengths={{median: 1, median: 2}}"],
         "median stands twice; leave one",
     ),
+    # Null where it is no value, also within classes and where the parser has nulls of its own.
+    ([f"{DATA}.cap=null"], "data.init_args.cap=null must be a whole number"),
+    ([f"{DATA}.truncated=null"], "data.init_args.truncated=null must be train or mask"),
+    (
+        [f"{DATA}.engine.init_args.lengths.median=null"],
+        "engine.init_args.lengths.median=null must be a number",
+    ),
+    (
+        [f"{MODEL}.optimizer.init_args.lr=null"],
+        "model.init_args.optimizer.init_args.lr must be a number",
+    ),
+    (
+        ['--config={"data": {"init_args": {"cap": null}}}'],
+        "init_args.cap=null must be a whole",
+    ),
+    (
+        ['--config={"trainer": {"max_steps": null}}'],
+        "trainer.max_steps=null must be a whole number",
+    ),
+    (['--config={"trainer": null}'], "trainer=null must be a mapping"),
+    (['--config={"trainer": {"max_step": 3}}'], "trainer.max_step: there is no such setting"),
+    (["--trainer.accumulate_grad_batches=null"], "accumulate_grad_batches=null must be a whole"),
+    (["--seed_everything=null"], "seed_everything=null must be true or false or a whole"),
+    # Misspelt keys, and class paths that are none.
+    ([f"{MODEL}.optimizer.init_args.nope=3"], "optimizer.init_args.nope: there is no such setting"),
+    ([f"{DATA}.reward.init_args.nope=3"], "reward.init_args.nope: there is no such setting"),
+    (
+        [f"{DATA}.sampling={{stops: [a]}}"],
+        "data.init_args.sampling.stops: there is no such setting",
+    ),
+    ([f"{MODEL}.optimizer.class_path=3"], "optimizer.* must be the path of a class: module.Class"),
+    (["--trainer.callbacks=[{class_path: Nope}]"], "class_path=Nope: it must be the path of a cl"),
     # What Lightning, torch or numpy would refuse with a traceback, or take in silence.
     (["--seed_everything=-3"], r"seed_everything=-3 must be from 0 to 2\^32 - 1"),
     (["--trainer.strategy=ddpx"], "trainer: .*invalid strategy name: `strategy='ddpx'`"),
@@ -60,6 +92,10 @@ VALUES = [
     (["--trainer.accumulate_grad_batches=0"], "accumulate_grad_batches=0 must be at least 1"),
     (["--trainer.accumulate_grad_batches=-3"], "accumulate_grad_batches=-3 must be at least 1"),
     (["--trainer.max_steps=0"], "trainer.max_steps=0 trains nothing"),
+    (["--trainer.val_check_interval=0"], "trainer.val_check_interval=0 must be above 0"),
+    (["--trainer.val_check_interval=100000"], "val_check_interval=100000 exceeds the .* epoch"),
+    (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch=0 must be at least 1"),
+    (["--trainer.devices=x"], "trainer: `devices` .* should be an int"),
     (["--trainer.limit_train_batches=0"], "trainer.limit_train_batches=0 trains nothing"),
     (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1.* must be a number above 0"),
     (["--trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val=nan must be a number above"),
@@ -67,7 +103,7 @@ VALUES = [
     ([f"{DATA}.cap=1000000000000"], "data.init_args.cap=1000000000000: .* do not fit this machine"),
     ([f"{DATA}.batch_groups=1000000000000"], "batch_groups=1000000000000 x .* do not fit"),
     ([f"{DATA}.val_samples=1000000000000"], "val_samples=1000000000000: .* do not fit"),
-    ([f"{DATA}.reward_workers=1000000000000"], "reward_workers=1000000000000: .* memory holds"),
+    ([f"{DATA}.reward_workers=1000000000000"], "reward_workers=1000000000000 must be at most"),
 ]
 
 

@@ -106,7 +106,7 @@ LONG = Prompt("long", text="1+1=" * 5, answer="answer 1")
         ({"prompts": Rows(rows(9))}, "there were 10 prompts, and there are 9"),
         ({"prompts": Rows(rows(11))}, r"prompt 'p010' \(row 10\) and those after it are new"),
         ({"prompts": Rows(rows()[::-1])}, r"'p009' \(row 0\) was number 9: the order is another"),
-        ({"seed": 7}, r"data\.init_args\.seed=7 is not the checkpoint's 0"),
+        ({"seed": 7}, r"data\.init_args\.seed=7 .*seed_everything\) is not the checkpoint's 0"),
         ({"temperature": 0.7}, r"temperature=0\.7 is not the checkpoint's 1\.0.*responses"),
         ({"max_new_tokens": 20}, "max_new_tokens=24, this run has 20"),
         ({"group_size": 3}, "group_size=2, this run has 3"),

@@ -86,6 +86,8 @@ def test_auto_starts_where_there_is_none_goes_on_and_ends_well(
     assert copris("fit", "--ckpt_path=last", "--trainer.max_steps=1") == 2
     assert "raise trainer.max_steps" in capsys.readouterr().err
     assert batches(home / "lightning_logs" / "version_0") == [0, 1]
+    assert copris("fit", "--ckpt_path=best") == 2
+    assert "--ckpt_path=best is what a run has saved" in capsys.readouterr().err
 
 
 def test_batches_of_an_abandoned_branch_are_set_aside(

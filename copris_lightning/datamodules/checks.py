@@ -80,6 +80,14 @@ def check_limits(trainer: L.Trainer) -> None:
     ):
         if value == 0:
             raise ConfigurationError(f"trainer.{name}=0 trains nothing; it must be above 0")
+    if trainer.val_check_interval == 0:
+        raise ConfigurationError("trainer.val_check_interval=0 must be above 0")
+    every = trainer.check_val_every_n_epoch
+    if every is not None and every < 1:
+        raise ConfigurationError(
+            f"trainer.check_val_every_n_epoch={every} must be at least 1, or null to count "
+            "micro-batches over epochs"
+        )
     interval = log_every_n_steps(trainer)
     if trainer.loggers and 0 < trainer.max_steps < interval:
         rank_zero_warn(
@@ -150,4 +158,11 @@ def check_epochs(trainer: L.Trainer, shape: BatchShape, length: int) -> None:
             f"(trainer.accumulate_grad_batches={shape.micro_batches} x "
             f"{KEY}.updates_per_batch={shape.updates}); give a multiple of {shape.per_batch}, "
             f"such as {max(1, planned // shape.per_batch) * shape.per_batch}"
+        )
+    check = trainer.val_check_interval
+    is_count = isinstance(check, int) and trainer.check_val_every_n_epoch is not None
+    if is_count and check > planned and not is_dry_run(trainer):
+        raise ConfigurationError(
+            f"trainer.val_check_interval={check} exceeds the {planned} micro-batches of an epoch; "
+            "set trainer.check_val_every_n_epoch=null to count over epochs, or lower it"
         )

@@ -152,9 +152,10 @@ class Continuity:
     @staticmethod
     def _same(name: str, was: Any, now: Any, what: str) -> None:
         if was != now:
+            by = " (the config's seed_everything)" if name == "seed" else ""
             raise ConfigurationError(
-                f"{KEY}.{name}={now} is not the checkpoint's {was}, which decided {what}; set it "
-                "to that, or start a new run (without ckpt_path)"
+                f"{KEY}.{name}={now}{by} is not the checkpoint's {was}, which decided {what}; set "
+                "it to that, or start a new run (without ckpt_path)"
             )
 
 

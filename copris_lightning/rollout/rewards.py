@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -39,9 +38,6 @@ class Prompt:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-_LEAST_WORKER_BYTES = 16 * 2**20
-"""What a worker process takes, about."""
-
 Reward = Callable[[str, Prompt], Any]
 """A verifiable reward: ``reward(response, prompt)`` scores the response text (without the model's
 own end) with a number: Python's, numpy's, or a tensor of one element. ``None``, NaN and infinities
@@ -52,6 +48,10 @@ Whatever the engine, it runs on the main thread of a worker process, which has a
 plain function or ``__call__`` is called there, one response at a time; an ``async`` one (a judge
 behind a network, say) is awaited on one event loop, any number of responses at a time.
 """
+
+
+_MOST_WORKERS = 1024
+"""Some hundred processes keep any machine busy; above are typing errors."""
 
 
 class BoxedMatch:
@@ -114,11 +114,10 @@ class RewardScorer:
             )
         if workers < 1:
             raise ConfigurationError(f"data.init_args.reward_workers={workers} must be at least 1")
-        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _LEAST_WORKER_BYTES
-        if workers > most:
+        if workers > _MOST_WORKERS:
             raise ConfigurationError(
-                f"data.init_args.reward_workers={workers}: this machine's memory holds {most} "
-                "processes at most; lower it"
+                f"data.init_args.reward_workers={workers} must be at most {_MOST_WORKERS}: each is "
+                "a process"
             )
         self._pickled = pickled_for_workers(reward)
         self._is_async = any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
