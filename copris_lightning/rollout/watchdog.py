@@ -214,5 +214,5 @@ def exit_reason(exitcode: int | None) -> str:
     if exitcode < 0:
         return f"was killed by {signal.Signals(-exitcode).name}"
     if exitcode == 0:
-        return "ended by itself (exit status 0), as it does when it is told to stop"
+        return "ended by itself with exit status 0, as it does when it is told to stop"
     return f"ended with exit status {exitcode}"
