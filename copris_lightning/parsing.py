@@ -34,6 +34,12 @@ _NOT_A_CLASS = (
 )
 _NO_CLASS = "it must be a class_path, with init_args or without, and no other keys"
 _NO_SETTING = "there is no such setting"
+_DECIDED = {
+    "data.init_args.seed": "seed_everything",
+    "data.init_args.model": "model.init_args.model",
+    "data.init_args.trust_remote_code": "model.init_args.trust_remote_code",
+}
+"""Settings that the command line takes from others, whatever they are set to."""
 _NAMES = {
     "NoneType": "null",
     "bool": "true or false",
@@ -222,7 +228,8 @@ def _kind(text: str) -> str:
 
 
 def check_files(args: Sequence[str]) -> None:
-    """Refuse config files that say nothing, or that say something twice.
+    """Refuse config files that say nothing, that say something twice, or that set what another
+    setting decides.
 
     Args:
         args: of the command line; its ``--config`` files are looked at.
@@ -232,6 +239,9 @@ def check_files(args: Sequence[str]) -> None:
     """
     for flag, value in zip(args, [*args[1:], ""], strict=True):
         name, has_value, given = flag.partition("=")
+        decider = _DECIDED.get(name.removeprefix("--"))
+        if decider is not None:
+            raise ConfigurationError(f"{name} has no effect: --{decider} decides it; set that")
         if name not in ("--config", "-c"):
             continue
         path = Path(given if has_value else value)
@@ -246,6 +256,19 @@ def check_files(args: Sequence[str]) -> None:
                 f"--config {path}: the file holds no settings; it must be a mapping such as "
                 "`trainer: {max_steps: 10}`"
             )
+        for target, source in _DECIDED.items():
+            chosen = _entry(content, target)
+            if chosen is not None and chosen != _entry(content, source):
+                raise ConfigurationError(
+                    f"--config {path}: {target}={chosen} has no effect: {source} decides it; set "
+                    "that"
+                )
+
+
+def _entry(content: Any, key: str) -> Any:
+    for name in key.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
 
 
 def refuse_doubled_keys() -> None:

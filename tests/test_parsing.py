@@ -83,6 +83,7 @@ VALUES = [
     ([f"{MODEL}.optimizer.class_path=3"], "optimizer.* must be the path of a class: module.Class"),
     (["--trainer.callbacks=[{class_path: Nope}]"], "class_path=Nope: it must be the path of a cl"),
     # What Lightning, torch or numpy would refuse with a traceback, or take in silence.
+    ([f"{DATA}.seed=5"], "--data.init_args.seed has no effect: --seed_everything decides it"),
     (["--seed_everything=-3"], r"seed_everything=-3 must be from 0 to 2\^32 - 1"),
     (["--trainer.strategy=ddpx"], "trainer: .*invalid strategy name: `strategy='ddpx'`"),
     ([f"{MODEL}.optimizer.init_args.lr=-1"], "optimizer: Invalid learning rate: -1"),
@@ -150,6 +151,7 @@ FILES = [
         "trainer:\n  callbacks:\n    - class_path: a.B\n      class_path: a.C\n",
         r"trainer.callbacks\[0\].class_path stands twice",
     ),
+    ("data: {init_args: {seed: 5}}\n", "seed=5 has no effect: seed_everything decides it"),
     ("data: {init_args: {cap: abc}}\n", r"data.init_args.cap=abc must be a whole number"),
 ]
 

@@ -96,7 +96,10 @@ def test_a_death_ends_the_wait_and_is_named(child: Child, number: signal.Signals
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [("", "ended by itself with exit status 0"), ("raise SystemExit(3)", "ended with exit status 3")],
+    [
+        ("", "ended by itself with exit status 0"),
+        ("raise SystemExit(3)", "ended with exit status 3"),
+    ],
 )
 def test_an_exit_is_named_with_its_cause(code: str, words: str) -> None:
     child = Child(code)
