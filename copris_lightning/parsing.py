@@ -239,9 +239,9 @@ def check_files(args: Sequence[str]) -> None:
     """
     for flag, value in zip(args, [*args[1:], ""], strict=True):
         name, has_value, given = flag.partition("=")
-        decider = _DECIDED.get(name.removeprefix("--"))
-        if decider is not None:
-            raise ConfigurationError(f"{name} has no effect: --{decider} decides it; set that")
+        for target, source in _DECIDED.items():
+            if name in (f"--{target}", f"--{target.replace('.init_args', '')}"):
+                raise ConfigurationError(f"{name} has no effect: --{source} decides it; set that")
         if name not in ("--config", "-c"):
             continue
         path = Path(given if has_value else value)

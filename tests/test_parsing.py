@@ -84,6 +84,7 @@ VALUES = [
     (["--trainer.callbacks=[{class_path: Nope}]"], "class_path=Nope: it must be the path of a cl"),
     # What Lightning, torch or numpy would refuse with a traceback, or take in silence.
     ([f"{DATA}.seed=5"], "--data.init_args.seed has no effect: --seed_everything decides it"),
+    (["--data.model=x"], "--data.model has no effect: --model.init_args.model decides it"),
     (["--seed_everything=-3"], r"seed_everything=-3 must be from 0 to 2\^32 - 1"),
     (["--trainer.strategy=ddpx"], "trainer: .*invalid strategy name: `strategy='ddpx'`"),
     ([f"{MODEL}.optimizer.init_args.lr=-1"], "optimizer: Invalid learning rate: -1"),
