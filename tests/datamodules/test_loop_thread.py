@@ -12,7 +12,7 @@ import pytest
 
 from copris_lightning.datamodules import loop_thread
 from copris_lightning.datamodules.loop_thread import LoopThread, StuckError
-from copris_lightning.rollout.simulated import VirtualClockLoop
+from copris_lightning.rollout.virtual_time import VirtualClockLoop
 
 
 @pytest.fixture

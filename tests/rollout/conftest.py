@@ -28,10 +28,10 @@ from copris_lightning.rollout.simulated import (
     LengthModel,
     SimulatedEngine,
     StepTime,
-    VirtualClockLoop,
     simulate_token,
 )
 from copris_lightning.rollout.stops import StopStrings
+from copris_lightning.rollout.virtual_time import VirtualClockLoop
 
 VOCAB = 50
 STOP = 3
