@@ -23,6 +23,11 @@ def is_dry_run(trainer: Any) -> bool:
     return bool(trainer.fast_dev_run)
 
 
+def dry_run_batches(trainer: Any) -> int:
+    """How many batches a ``fast_dev_run`` is of."""
+    return int(trainer.fast_dev_run)
+
+
 def log_every_n_steps(trainer: Any) -> int:
     """How many optimizer steps apart the loggers are told."""
     return int(trainer.log_every_n_steps)

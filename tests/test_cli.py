@@ -276,7 +276,7 @@ BAD_INPUT = [
     ),
     (
         ["--data.init_args.reward", "bad_prompts.NotAReward"],
-        r"init_args.reward: .*a callable class.*bad_prompts.NotAReward",
+        r"init_args.reward: .*bad_prompts.NotAReward' to be a class that .* callable",
     ),
     (
         ["--trainer.accumulate_grad_batches", "400"],

@@ -19,7 +19,12 @@ from copris_lightning.datamodules.protocols import RunWriter, WeightSyncer
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.trainer_parts import callbacks, is_dry_run, log_every_n_steps
+from copris_lightning.trainer_parts import (
+    callbacks,
+    dry_run_batches,
+    is_dry_run,
+    log_every_n_steps,
+)
 
 
 def check_sync(trainer: L.Trainer) -> None:
@@ -146,7 +151,7 @@ def check_epochs(trainer: L.Trainer, shape: BatchShape, length: int) -> None:
             f"batch is trained on again; to overfit, give {KEY}.prompts with few of them"
         )
     if is_dry_run(trainer):
-        batches = int(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        batches = dry_run_batches(trainer)
         trainer.limit_train_batches = batches * shape.per_batch
         trainer.fit_loop.epoch_loop.max_steps = batches * shape.updates
     limit = trainer.limit_train_batches

@@ -30,6 +30,7 @@ from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
 from copris_lightning.datamodules.exchange import Exchange
 from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.inspection import usable_prompts
+from copris_lightning.datamodules.loader import SizedStream
 from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
 from copris_lightning.datamodules.protocols import RolloutListener, RunWriter
 from copris_lightning.datamodules.sampling import Evaluation, Sampling
@@ -61,31 +62,6 @@ _STAGE_PROMPTS = {
     "test": "test_prompts",
     "predict": "predict_prompts",
 }
-
-
-class SizedStream:
-    """A loader over an iterator, with a length.
-
-    Lightning prefetches from loaders without one, and the next rollout would start before this
-    step's weight sync.
-    """
-
-    def __init__(self, length: int, iterate: Callable[[], Iterator[Any]]) -> None:
-        self._length = length
-        self._iterate = iterate
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[Sealed]:
-        return map(Sealed, self._iterate())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing: the data module saves where it is. Without it Lightning warns at each resume."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing to do."""
 
 
 class RolloutDataModule(L.LightningDataModule):
