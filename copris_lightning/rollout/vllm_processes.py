@@ -45,6 +45,8 @@ _REAP_TIMES = 50
 """How often to look for the exit code of a core that ended in the boot, every 20 ms."""
 _LATELY_S = 60.0
 """How long before its end an engine may have told the reason, in seconds."""
+_STREAMS_S = 2.0
+"""How long vLLM may take to end the streams of an engine that has died, in seconds."""
 _LAST_WORDS_S = 5.0
 """How long to wait for a dying engine's exit code, where nothing else says what it dies of. Told to
 stop, it takes up to 15 s."""
@@ -100,6 +102,7 @@ class VLLMProcesses:
             raise
         self._workers = _children(self._cores)
         self._watchdog = Watchdog(self._cores, self._cause)
+        self._watchdog.on_death(lambda: self._end_streams(llm))
         return llm
 
     def _boot_in_thread(
@@ -229,6 +232,14 @@ class VLLMProcesses:
             await self._watchdog.wait_for_death(_LAST_WORDS_S)
             cause = self._cause() or seen
         return EngineError(obituary(self._cores, cause))
+
+    def _end_streams(self, llm: AsyncLLM) -> None:
+        """Of an engine that has died: end what still waits for its tokens. vLLM does it by itself,
+        unless the engine dies before, or just when, vLLM begins to read from it."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        loop, end = asyncio.get_running_loop(), llm.output_processor.propagate_error
+        loop.call_later(_STREAMS_S, end, EngineDeadError())
 
     async def check_alive(self, llm: AsyncLLM) -> None:
         """Raise what :meth:`death` says, if the engine has died already.

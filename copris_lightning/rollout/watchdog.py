@@ -11,7 +11,8 @@ wait, and where             ended by the other's death              ended by a d
 boot                        vLLM's start watches its processes,     D.boot_s, then killed
                             and its cores are looked at
 its last words, once dead   --                                      5 s
-generate, score             vLLM ends the streams                   D.stall_s, then killed
+generate, score             vLLM ends the streams, or else          D.stall_s, then killed
+                            ``VLLMProcesses._end_streams``
 load weights, add_lora,     :meth:`Watchdog.guard`                  D.sync_s
 report what arrived, drop
 prefixes, sleep, wake,
@@ -164,6 +165,10 @@ class Watchdog:
                 await asyncio.wait({task}, timeout=_CANCEL_S)
             if task.done() and not task.cancelled():
                 task.exception()  # seen; something else is raised
+
+    def on_death(self, callback: Callable[[], None]) -> None:
+        """Have a function called, on the loop, when a process has ended."""
+        self._death.add_done_callback(lambda _: callback())
 
     async def wait_for_death(self, within_s: float) -> None:
         """Return when a process has ended and its exit code is there, or after ``within_s``."""

@@ -123,6 +123,26 @@ def test_a_core_that_is_told_to_stop_within_a_stage(
         loop.call(generate_on(engine))
 
 
+def test_streams_of_a_dead_engine_end_where_vllm_does_not_end_them(
+    boot: Callable[..., Booted],
+) -> None:
+    engine, loop = boot()
+    victim = core()
+    assert victim is not None
+
+    async def generate() -> None:
+        streams = asyncio.create_task(generate_on(engine))
+        await asyncio.sleep(1.0)
+        assert engine._llm is not None
+        # As when a core that was told to stop ends just when the first requests arrive.
+        engine._llm.output_handler.cancel()
+        victim.kill()
+        await streams
+
+    with pytest.raises(EngineError, match="the engine died: EngineCore was killed by SIGKILL"):
+        loop.call(generate())
+
+
 def test_a_worker_that_is_killed_within_a_sync(
     boot: Callable[..., Booted],
     tiny_checkpoint: Path,

@@ -94,6 +94,23 @@ def test_a_death_ends_the_wait_and_is_named(child: Child, number: signal.Signals
     assert time.monotonic() - began < 20
 
 
+def test_a_death_is_told_once(child: Child) -> None:
+    told: list[str] = []
+
+    async def run() -> None:
+        dog = Watchdog([child])
+        dog.on_death(lambda: told.append("dead"))
+        await asyncio.sleep(0.05)
+        assert told == []
+        child.process.kill()
+        await dog.wait_for_death(LONG[1])
+        await asyncio.sleep(0.05)
+        dog.close()
+
+    asyncio.run(run())
+    assert told == ["dead"]
+
+
 @pytest.mark.parametrize(
     ("code", "words"),
     [

@@ -40,6 +40,25 @@ def quickstart(checkpoint: Path, *args: str) -> list[str]:
     ]
 
 
+def abandoned() -> set[str]:
+    """What lies in shared memory and belongs to no living process; those of other runs that go on
+    meanwhile belong to theirs."""
+    used: set[int] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            lines = maps.read_text().splitlines()
+            used |= {int(line.split()[4]) for line in lines if " /dev/shm/" in line}
+    found = set()
+    for name in os.listdir("/dev/shm"):
+        owner = name.split("-")[1] if name.startswith("copris-") else ""
+        with contextlib.suppress(FileNotFoundError):
+            about = os.stat(f"/dev/shm/{name}")
+            ours = about.st_uid == os.getuid() and about.st_ino not in used
+            if ours and not (owner and psutil.pid_exists(int(owner))):
+                found.add(name)
+    return found
+
+
 class Run:
     """A command in a session of its own, with all processes it ever started."""
 
@@ -114,9 +133,9 @@ class Run:
             assert time.monotonic() < deadline, (alive, self.output()[-3000:])
             time.sleep(0.1)
         deadline = time.monotonic() + 5
-        while set(os.listdir("/dev/shm")) - self.shared_before and time.monotonic() < deadline:
+        while (left := abandoned() - self.shared_before) and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert set(os.listdir("/dev/shm")) - self.shared_before == set()
+        assert left == set()
 
     def end(self) -> None:
         """Leave nothing running, whatever a test has found."""
