@@ -191,6 +191,7 @@ def edited(edit: str, draw: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("program", range(6))
+@pytest.mark.timeout(900)
 def test_any_order_of_save_resume_and_change_trains_right_or_refuses(
     tiny_checkpoint: Path, tmp_path: Path, program: int
 ) -> None:
