@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -28,38 +28,49 @@ pytestmark = pytest.mark.kills
 Booted = tuple[VLLMEngine, LoopThread]
 
 
-@pytest.fixture
-def boot(tiny_checkpoint: Path, cpu_engine_args: dict[str, Any]) -> Iterator[Callable[..., Booted]]:
-    """A function that boots an engine; all that it booted is gone afterwards."""
-    booted: list[Booted] = []
+class Boot:
+    """Boots engines, and finds the processes of those: the session may have one of its own."""
 
-    def start(
+    def __init__(self, checkpoint: Path, engine_args: dict[str, Any]) -> None:
+        self._checkpoint = checkpoint
+        self._engine_args = engine_args
+        self._others = set(cores(psutil.Process().children()))
+        self._booted: list[Booted] = []
+
+    def __call__(
+        self,
         engine_class: type[VLLMEngine] = VLLMEngine,
-        checkpoint: Path = tiny_checkpoint,
+        checkpoint: Path | None = None,
         deadlines: Deadlines = Deadlines(),  # noqa: B008 - frozen
         **arguments: Any,
     ) -> Booted:
-        engine = engine_class({**cpu_engine_args, **arguments}, deadlines=deadlines)
+        engine = engine_class({**self._engine_args, **arguments}, deadlines=deadlines)
         loop = LoopThread(engine.new_event_loop)
-        booted.append((engine, loop))
-        loop.call(engine.start(EngineSpec(str(checkpoint), 16, 257, vocab_size=98)))
+        self._booted.append((engine, loop))
+        spec = EngineSpec(str(checkpoint or self._checkpoint), 16, 257, vocab_size=98)
+        loop.call(engine.start(spec))
         return engine, loop
 
-    yield start
-    for engine, loop in booted:
-        loop.call(engine.close())
-        loop.close()
-    assert core() is None
+    def cores(self) -> list[psutil.Process]:
+        return [core for core in cores(psutil.Process().children()) if core not in self._others]
+
+    def workers(self) -> list[psutil.Process]:
+        [core] = self.cores()
+        return core.children()
+
+    def close(self) -> None:
+        for engine, loop in self._booted:
+            loop.call(engine.close())
+            loop.close()
 
 
-def core() -> psutil.Process | None:
-    return next(iter(cores(psutil.Process().children())), None)
-
-
-def workers() -> list[psutil.Process]:
-    found = core()
-    assert found is not None
-    return found.children()
+@pytest.fixture
+def boot(tiny_checkpoint: Path, cpu_engine_args: dict[str, Any]) -> Iterator[Boot]:
+    """All that it booted is gone afterwards."""
+    boot = Boot(tiny_checkpoint, cpu_engine_args)
+    yield boot
+    boot.close()
+    assert not boot.cores()
 
 
 async def generate_on(engine: VLLMEngine) -> None:
@@ -72,13 +83,13 @@ async def generate_on(engine: VLLMEngine) -> None:
         await asyncio.gather(*(one(i) for i in range(8)))
 
 
-def test_a_boot_without_memory_for_the_cache(boot: Callable[..., Booted]) -> None:
+def test_a_boot_without_memory_for_the_cache(boot: Boot) -> None:
     with pytest.raises(EngineError, match=r"did not start: EngineCore: ValueError: No available m"):
         boot(kv_cache_memory_bytes=4096)
 
 
 def test_a_boot_from_weights_that_are_cut_off(
-    boot: Callable[..., Booted], tiny_checkpoint: Path, tmp_path: Path
+    boot: Boot, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tiny_checkpoint, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
@@ -87,7 +98,7 @@ def test_a_boot_from_weights_that_are_cut_off(
         boot(checkpoint=tmp_path / "cut")
 
 
-def test_a_boot_that_hangs(boot: Callable[..., Booted]) -> None:
+def test_a_boot_that_hangs(boot: Boot) -> None:
     began = time.monotonic()
     with pytest.raises(EngineError, match=r"did not start within .*deadlines\.boot_s=3 s"):
         boot(deadlines=Deadlines(boot_s=3.0))
@@ -100,7 +111,7 @@ class FailingEngine(VLLMEngine):
     worker_extension: ClassVar[str] = "failing_worker.FailingExtension"
 
 
-def test_a_forward_pass_that_raises(boot: Callable[..., Booted], tiny_checkpoint: Path) -> None:
+def test_a_forward_pass_that_raises(boot: Boot, tiny_checkpoint: Path) -> None:
     engine, loop = boot(FailingEngine)
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     loop.call(engine.update_weights(model.named_parameters(), 1))
@@ -111,12 +122,9 @@ def test_a_forward_pass_that_raises(boot: Callable[..., Booted], tiny_checkpoint
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_core_that_is_told_to_stop_within_a_stage(
-    boot: Callable[..., Booted], number: signal.Signals
-) -> None:
+def test_a_core_that_is_told_to_stop_within_a_stage(boot: Boot, number: signal.Signals) -> None:
     engine, loop = boot()
-    victim = core()
-    assert victim is not None
+    [victim] = boot.cores()
     threading.Timer(0.5, victim.send_signal, [number]).start()
     words = "was killed by SIGKILL" if number == signal.SIGKILL else "ended its requests by its"
     with pytest.raises(EngineError, match=f"the engine died: .*{words}"):
@@ -124,11 +132,10 @@ def test_a_core_that_is_told_to_stop_within_a_stage(
 
 
 def test_streams_of_a_dead_engine_end_where_vllm_does_not_end_them(
-    boot: Callable[..., Booted],
+    boot: Boot,
 ) -> None:
     engine, loop = boot()
-    victim = core()
-    assert victim is not None
+    [victim] = boot.cores()
 
     async def generate() -> None:
         streams = asyncio.create_task(generate_on(engine))
@@ -144,7 +151,7 @@ def test_streams_of_a_dead_engine_end_where_vllm_does_not_end_them(
 
 
 def test_a_worker_that_is_killed_within_a_sync(
-    boot: Callable[..., Booted],
+    boot: Boot,
     tiny_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -162,7 +169,7 @@ def test_a_worker_that_is_killed_within_a_sync(
     def kill() -> None:
         while not marker.exists():
             time.sleep(0.05)
-        for worker in workers():
+        for worker in boot.workers():
             worker.kill()
 
     threading.Thread(target=kill).start()
@@ -173,19 +180,17 @@ def test_a_worker_that_is_killed_within_a_sync(
         loop.call(engine.update_weights(model.named_parameters(), 2))
 
 
-def test_an_engine_that_hangs_is_killed(boot: Callable[..., Booted]) -> None:
+def test_an_engine_that_hangs_is_killed(boot: Boot) -> None:
     engine, loop = boot(deadlines=Deadlines(stall_s=3.0))
-    threading.Timer(0.5, lambda: [worker.suspend() for worker in workers()]).start()
+    threading.Timer(0.5, lambda: [worker.suspend() for worker in boot.workers()]).start()
     with pytest.raises(EngineError, match=r"died: it had work, and sent nothing for .*stall_s=3 s"):
         loop.call(generate_on(engine))
 
 
-def test_a_sync_that_hangs_has_a_deadline(
-    boot: Callable[..., Booted], tiny_checkpoint: Path
-) -> None:
+def test_a_sync_that_hangs_has_a_deadline(boot: Boot, tiny_checkpoint: Path) -> None:
     engine, loop = boot(deadlines=Deadlines(sync_s=2.0))
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    for worker in workers():
+    for worker in boot.workers():
         worker.suspend()
     with pytest.raises(WeightSyncError, match=r"not load the weights within .*sync_s=2 s"):
         loop.call(engine.update_weights(model.named_parameters(), 1))
