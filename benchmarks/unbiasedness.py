@@ -22,9 +22,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from copris_lightning.core.estimator import Estimate, PolicyGradient
-from copris_lightning.core.losses import ClippedPolicyLoss, ReinforceLoss
-from copris_lightning.core.ratios import SequenceRatio, TokenRatio, TokenTerms, UncorrectedRatio
+from copris_lightning.core.estimator.estimator import Estimate, PolicyGradient
+from copris_lightning.core.estimator.losses import ClippedPolicyLoss, ReinforceLoss
+from copris_lightning.core.estimator.ratios import (
+    SequenceRatio,
+    TokenRatio,
+    TokenTerms,
+    UncorrectedRatio,
+)
 
 VOCABULARY = 3
 CURRENT = 2

@@ -13,55 +13,60 @@ if TYPE_CHECKING:
     from copris_lightning.callbacks.staleness import StalenessMonitor
     from copris_lightning.callbacks.summary import RunSummary
     from copris_lightning.callbacks.weight_sync import WeightSync
-    from copris_lightning.core.corrections import LagRejection, Masking, Truncation
-    from copris_lightning.core.losses import CispoLoss, ClippedPolicyLoss, PolicyLoss, ReinforceLoss
-    from copris_lightning.core.penalties import KLPenalty
-    from copris_lightning.core.ratios import (
+    from copris_lightning.core.estimator.corrections import LagRejection, Masking, Truncation
+    from copris_lightning.core.estimator.losses import (
+        CispoLoss,
+        ClippedPolicyLoss,
+        PolicyLoss,
+        ReinforceLoss,
+    )
+    from copris_lightning.core.estimator.penalties import KLPenalty
+    from copris_lightning.core.estimator.ratios import (
         DecoupledRatio,
         SequenceRatio,
         TokenRatio,
         UncorrectedRatio,
     )
-    from copris_lightning.datamodules.dataset import DatasetPrompts
+    from copris_lightning.datamodules.prompts.dataset import DatasetPrompts
+    from copris_lightning.datamodules.prompts.template import Template
     from copris_lightning.datamodules.rollout import RolloutDataModule
     from copris_lightning.datamodules.sampling import Evaluation, Sampling
-    from copris_lightning.datamodules.template import Template
-    from copris_lightning.lora import LoRA
-    from copris_lightning.module import CoprisModule
+    from copris_lightning.engines.server import VLLMServerEngine
+    from copris_lightning.engines.simulated import SimulatedEngine
+    from copris_lightning.engines.vllm import VLLMEngine
+    from copris_lightning.policy.lora import LoRA
+    from copris_lightning.policy.module import CoprisModule
     from copris_lightning.rollout.rewards import Prompt, Reward
-    from copris_lightning.rollout.simulated import SimulatedEngine
-    from copris_lightning.rollout.vllm import VLLMEngine
-    from copris_lightning.rollout.vllm_server import VLLMServerEngine
 
 _HOMES = {
-    "CispoLoss": "core.losses",
-    "ClippedPolicyLoss": "core.losses",
-    "CoprisModule": "module",
-    "DatasetPrompts": "datamodules.dataset",
-    "DecoupledRatio": "core.ratios",
+    "CispoLoss": "core.estimator.losses",
+    "ClippedPolicyLoss": "core.estimator.losses",
+    "CoprisModule": "policy.module",
+    "DatasetPrompts": "datamodules.prompts.dataset",
+    "DecoupledRatio": "core.estimator.ratios",
     "Evaluation": "datamodules.sampling",
-    "KLPenalty": "core.penalties",
-    "LagRejection": "core.corrections",
-    "LoRA": "lora",
-    "Masking": "core.corrections",
-    "PolicyLoss": "core.losses",
+    "KLPenalty": "core.estimator.penalties",
+    "LagRejection": "core.estimator.corrections",
+    "LoRA": "policy.lora",
+    "Masking": "core.estimator.corrections",
+    "PolicyLoss": "core.estimator.losses",
     "Prompt": "rollout.rewards",
-    "ReinforceLoss": "core.losses",
+    "ReinforceLoss": "core.estimator.losses",
     "Reward": "rollout.rewards",
     "RolloutDataModule": "datamodules.rollout",
     "RolloutProgressBar": "callbacks.progress",
     "RunSummary": "callbacks.summary",
     "Sampling": "datamodules.sampling",
-    "SequenceRatio": "core.ratios",
-    "SimulatedEngine": "rollout.simulated",
+    "SequenceRatio": "core.estimator.ratios",
+    "SimulatedEngine": "engines.simulated",
     "StalenessMonitor": "callbacks.staleness",
-    "Template": "datamodules.template",
-    "TokenRatio": "core.ratios",
+    "Template": "datamodules.prompts.template",
+    "TokenRatio": "core.estimator.ratios",
     "TrajectoryLedger": "callbacks.ledger",
-    "Truncation": "core.corrections",
-    "UncorrectedRatio": "core.ratios",
-    "VLLMEngine": "rollout.vllm",
-    "VLLMServerEngine": "rollout.vllm_server",
+    "Truncation": "core.estimator.corrections",
+    "UncorrectedRatio": "core.estimator.ratios",
+    "VLLMEngine": "engines.vllm",
+    "VLLMServerEngine": "engines.server",
     "WeightSync": "callbacks.weight_sync",
 }
 

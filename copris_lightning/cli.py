@@ -14,15 +14,15 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from copris_lightning.datamodules.checkpoint_file import check_file, read
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.module import CoprisModule
 from copris_lightning.parsing import (
     CoprisParser,
     check_files,
     configuration_error,
     refuse_doubled_keys,
 )
-from copris_lightning.resume import NothingToTrain, begin
-from copris_lightning.runs import directory_of, record
+from copris_lightning.policy.module import CoprisModule
+from copris_lightning.runs.directory import directory_of, record
+from copris_lightning.runs.resume import NothingToTrain, begin
 
 _EPILOG = (
     "`copris serve --help` is about vLLM servers for rollouts. Of each command, `--ckpt_path last` "

@@ -9,13 +9,13 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from copris_lightning.rollout.owner import OWNER_VARIABLE, this_process
+from copris_lightning.engines.owner import OWNER_VARIABLE, this_process
 from copris_lightning.search_path import SAFE_PATH, SET_HERE, append_for_server
 
 _VLLM = "vllm.entrypoints.launchers.api_server.entry"
 _SET_HERE = {
     "--logprobs-mode": "processed_logprobs",
-    "--worker-extension-cls": "copris_lightning.rollout.vllm_worker.CoprisWorkerExtension",
+    "--worker-extension-cls": "copris_lightning.engines.vllm_worker.CoprisWorkerExtension",
 }
 
 

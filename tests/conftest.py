@@ -66,9 +66,9 @@ def cpu_engine_args() -> dict[str, object]:
 @pytest.fixture(scope="session")
 def running_vllm(tiny_checkpoint: Path) -> Iterator[object]:
     """``(engine, call)``: a booted engine and a function that runs coroutines on its loop."""
-    from copris_lightning.datamodules.loop_thread import LoopThread
-    from copris_lightning.rollout.engine import EngineSpec
-    from copris_lightning.rollout.vllm import VLLMEngine
+    from copris_lightning.engines.engine import EngineSpec
+    from copris_lightning.engines.vllm import VLLMEngine
+    from copris_lightning.rollout.loop_thread import LoopThread
 
     engine = VLLMEngine(dict(CPU_ENGINE_ARGS))
     loop = LoopThread(engine.new_event_loop)

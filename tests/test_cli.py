@@ -18,10 +18,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 
 from copris_lightning.__main__ import main
 from copris_lightning.cli import CoprisCLI
-from copris_lightning.module import CoprisModule
-from copris_lightning.rollout.engine import EngineSpec
-from copris_lightning.rollout.vllm import VLLMEngine
-from copris_lightning.rollout.vllm_server import VLLMServerEngine
+from copris_lightning.engines.engine import EngineSpec
+from copris_lightning.engines.server import VLLMServerEngine
+from copris_lightning.engines.vllm import VLLMEngine
+from copris_lightning.policy.module import CoprisModule
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -16,7 +16,7 @@ from changed_models import with_own_code
 
 from copris_lightning import Evaluation, Sampling
 from copris_lightning.cli import CoprisCLI
-from copris_lightning.module import CoprisModule
+from copris_lightning.policy.module import CoprisModule
 
 SIMULATED = str(Path(__file__).parents[1] / "configs" / "simulated.yaml")
 

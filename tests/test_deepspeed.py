@@ -13,7 +13,7 @@ from ranks import train, trained_adapters
 from simulated_fits import build
 from two_ranks import outcomes, run
 
-from copris_lightning.core.penalties import KLPenalty
+from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.quickstart.warm_start import tiny_model
 
 

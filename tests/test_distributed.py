@@ -16,7 +16,7 @@ from simulated_fits import build
 from two_ranks import outcomes, run
 
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.parallel import check_strategy
+from copris_lightning.policy.sharding import check_strategy
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_the_engine_gets_the_weights_of_the_trainer(results: dict[str, Any], str
 def test_a_reference_is_split_too_and_activations_may_be_recomputed(
     results: dict[str, Any], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    from copris_lightning.core.penalties import KLPenalty
+    from copris_lightning.core.estimator.penalties import KLPenalty
 
     leader, _ = outcomes(results, "fsdp2_with_a_reference")
     alone = train("one", tiny_checkpoint, tmp_path, model={"kl": KLPenalty(0.1)})

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from copris_lightning.core.trajectory import PromptGroup
-from copris_lightning.datamodules.batches import BatchShape, divide
-from copris_lightning.module import CoprisModule
+from copris_lightning.datamodules.divide import BatchShape, divide
+from copris_lightning.policy.module import CoprisModule
 
 ROOT = Path(__file__).parents[1]
 

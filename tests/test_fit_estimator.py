@@ -17,7 +17,7 @@ from some_rewards import constant, no_verdict, no_verdict_sometimes
 
 from copris_lightning import DecoupledRatio, KLPenalty, LagRejection, Masking, Truncation
 from copris_lightning.__main__ import main
-from copris_lightning.core.estimator import Estimate
+from copris_lightning.core.estimator.estimator import Estimate
 from copris_lightning.errors import ConfigurationError, QuarantineError, RolloutError
 
 ROOT = Path(__file__).parents[1]

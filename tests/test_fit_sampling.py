@@ -15,11 +15,11 @@ from some_rewards import WritesDown
 from transformers import AutoTokenizer
 
 from copris_lightning import Evaluation, Sampling
-from copris_lightning.datamodules.decoding import ResponseDecoder
+from copris_lightning.engines.engine import Chunk, GenerationRequest
+from copris_lightning.engines.simulated import LengthModel, SimulatedEngine
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.quickstart.warm_start import character_tokenizer
-from copris_lightning.rollout.engine import Chunk, GenerationRequest
-from copris_lightning.rollout.simulated import LengthModel, SimulatedEngine
+from copris_lightning.rollout.decoding import ResponseDecoder
 
 
 class Asked(SimulatedEngine):

@@ -22,8 +22,8 @@ from copris_lightning import (
     RolloutProgressBar,
     WeightSync,
 )
+from copris_lightning.engines.simulated import Faults
 from copris_lightning.errors import ConfigurationError, EngineError, ParityError, RewardError
-from copris_lightning.rollout.simulated import Faults
 
 
 @pytest.fixture(autouse=True)

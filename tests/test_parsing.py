@@ -14,11 +14,11 @@ import pytest
 
 import copris_lightning
 from copris_lightning.__main__ import main
-from copris_lightning.core import corrections, losses, penalties, ratios
+from copris_lightning.core.estimator import corrections, losses, penalties, ratios
 from copris_lightning.datamodules.settings import RolloutSettings
+from copris_lightning.engines.engine import EngineSpec
+from copris_lightning.engines.simulated import Faults, LengthModel, SimulatedEngine, StepTime
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.rollout.engine import EngineSpec
-from copris_lightning.rollout.simulated import Faults, LengthModel, SimulatedEngine, StepTime
 
 ROOT = Path(__file__).parents[1]
 DATA, MODEL = "--data.init_args", "--model.init_args"

@@ -11,7 +11,7 @@ import pytest
 from newcomer import environment, lay_traps
 
 from copris_lightning import search_path
-from copris_lightning.rollout.vllm import VLLMEngine
+from copris_lightning.engines.vllm import VLLMEngine
 
 
 def python(directory: Path, *arguments: str, **others: str) -> str:

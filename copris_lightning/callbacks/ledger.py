@@ -14,7 +14,7 @@ import lightning as L
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.directories import check_writable
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.runs import directory_of, is_resumed, on_rank_zero, place_of, record
+from copris_lightning.runs.directory import directory_of, is_resumed, on_rank_zero, place_of, record
 from copris_lightning.trainer_parts import datamodule, is_dry_run
 
 
@@ -29,7 +29,7 @@ class TrajectoryLedger(L.Callback):
     ``fast_dev_run`` writes none.
 
     Args:
-        directory: where to; by default the run's own (:mod:`copris_lightning.runs`).
+        directory: where to; by default the run's own (:mod:`copris_lightning.runs.directory`).
 
     Raises:
         ConfigurationError: a new run would write among another's batches, another process writes

@@ -13,10 +13,14 @@ from torch import Tensor
 from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.trajectory import Segment, Trajectory
 from copris_lightning.datamodules.rollout import RolloutDataModule
+from copris_lightning.engines.engine import Weights
 from copris_lightning.errors import ConfigurationError, ParityError
-from copris_lightning.parallel import score
-from copris_lightning.randomness import first_random_module, largest_difference, training_mode
-from copris_lightning.rollout.engine import Weights
+from copris_lightning.policy.randomness import (
+    first_random_module,
+    largest_difference,
+    training_mode,
+)
+from copris_lightning.policy.sharding import score
 
 Tolerance = float | Literal["auto"] | None
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from copris_lightning.core.batching import MicroBatch
-from copris_lightning.datamodules.training import RolloutProgress
+from copris_lightning.datamodules.feed import RolloutProgress
 from copris_lightning.trainer_parts import datamodule
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from copris_lightning.core.batching import MicroBatch
-from copris_lightning.core.corrections import effective_sample_share
-from copris_lightning.core.estimator import Estimate
-from copris_lightning.core.ratios import clamp_log_ratio
+from copris_lightning.core.estimator.corrections import effective_sample_share
+from copris_lightning.core.estimator.estimator import Estimate
+from copris_lightning.core.estimator.ratios import clamp_log_ratio
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.running import restore, saved
+from copris_lightning.policy.open_batch import restore, saved
 from copris_lightning.trainer_parts import datamodule
 
 

@@ -10,7 +10,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from copris_lightning.core.batching import MicroBatch
-from copris_lightning.runs import directory_of
+from copris_lightning.runs.directory import directory_of
 
 
 class RunSummary(L.Callback):

@@ -21,8 +21,8 @@ from copris_lightning.core.batching import MicroBatch
 from copris_lightning.datamodules.rollout import RolloutDataModule
 from copris_lightning.datamodules.steps import WholeSteps
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.module import CoprisModule
-from copris_lightning.parallel import check_strategy
+from copris_lightning.policy.module import CoprisModule
+from copris_lightning.policy.sharding import check_strategy
 from copris_lightning.trainer_parts import datamodule
 
 _MIXED_TOLERANCE = 0.05

@@ -19,7 +19,7 @@ import torch
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.steps import refuse_torn
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.resume import UNREADABLE, starting_point
+from copris_lightning.runs.resume import UNREADABLE, starting_point
 
 _RECORDS = ("*.pt", "*.distcp")
 _REST = "meta.pt"

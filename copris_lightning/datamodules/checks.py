@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.protocols import RunWriter, WeightSyncer
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.datamodules.steps import epoch_micro_batches

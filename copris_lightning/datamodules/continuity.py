@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from copris_lightning.core.buffer import CarryOverBuffer
-from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.identity import DataIdentity
-from copris_lightning.datamodules.prompts import PromptStream
+from copris_lightning.datamodules.prompts.stream import PromptStream
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError
 

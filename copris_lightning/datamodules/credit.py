@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from copris_lightning.core.advantage import soft_overlong_penalty
+from copris_lightning.core.estimator.advantage import soft_overlong_penalty
 from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Trajectory
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError, QuarantineError
 
 Advantage = Callable[[Tensor], Tensor]
-"""Rewards ``[groups, G]`` to advantages of that shape: :mod:`copris_lightning.core.advantage`."""
+"""Rewards ``[groups, G]`` to advantages of that shape; see ``core.estimator.advantage``."""
 
 
 def quarantine(groups: Sequence[PromptGroup], max_share: float) -> None:

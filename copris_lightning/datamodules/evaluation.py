@@ -10,11 +10,11 @@ import torch
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.evaluation import EvaluationBatch
 from copris_lightning.core.trajectory import PromptGroup
-from copris_lightning.datamodules.exchange import Exchange
-from copris_lightning.datamodules.prompts import PromptStream
-from copris_lightning.datamodules.session import RolloutSession
+from copris_lightning.datamodules.prompts.stream import PromptStream
+from copris_lightning.datamodules.ranks import Exchange
 from copris_lightning.datamodules.settings import RolloutSettings
-from copris_lightning.rollout.engine import Decoding
+from copris_lightning.engines.engine import Decoding
+from copris_lightning.rollout.session import RolloutSession
 
 
 def evaluation_batches(prompts: int, settings: RolloutSettings) -> int:

@@ -11,9 +11,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from copris_lightning.core.advantage import grpo
+from copris_lightning.core.estimator.advantage import grpo
 from copris_lightning.core.trajectory import LogprobSource
-from copris_lightning.datamodules.batches import BatchShape
 from copris_lightning.datamodules.checkpoint_file import check_resumed
 from copris_lightning.datamodules.checks import (
     check_epochs,
@@ -25,33 +24,34 @@ from copris_lightning.datamodules.checks import (
 )
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import Advantage
-from copris_lightning.datamodules.decoding import ResponseDecoder
+from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
-from copris_lightning.datamodules.exchange import Exchange
+from copris_lightning.datamodules.feed import TrainingStream
 from copris_lightning.datamodules.identity import DataIdentity
-from copris_lightning.datamodules.inspection import usable_prompts
 from copris_lightning.datamodules.loader import SizedStream
-from copris_lightning.datamodules.prompts import PromptEncoder, PromptSource, PromptStream
+from copris_lightning.datamodules.prompts.inspection import usable_prompts
+from copris_lightning.datamodules.prompts.stream import PromptEncoder, PromptSource, PromptStream
+from copris_lightning.datamodules.prompts.template import Template
 from copris_lightning.datamodules.protocols import RolloutListener, RunWriter
+from copris_lightning.datamodules.ranks import Exchange
 from copris_lightning.datamodules.sampling import Evaluation, Sampling
 from copris_lightning.datamodules.sealed import Sealed
-from copris_lightning.datamodules.session import RolloutSession
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
-from copris_lightning.datamodules.template import Template
-from copris_lightning.datamodules.training import TrainingStream
+from copris_lightning.engines.engine import Engine, EngineSpec, RankedSync, Weights
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.pretrained import (
+from copris_lightning.policy.pretrained import (
     context_length,
     load_config,
     load_tokenizer,
     stop_token_ids,
 )
-from copris_lightning.pretrained_checks import check_pretrained
-from copris_lightning.resume import attach
-from copris_lightning.rollout.engine import Engine, EngineSpec, RankedSync, Weights
+from copris_lightning.policy.pretrained_checks import check_pretrained
+from copris_lightning.rollout.decoding import ResponseDecoder
 from copris_lightning.rollout.rewards import Reward, RewardScorer
 from copris_lightning.rollout.scheduler import Event
-from copris_lightning.runs import directory_of
+from copris_lightning.rollout.session import RolloutSession
+from copris_lightning.runs.directory import directory_of
+from copris_lightning.runs.resume import attach
 from copris_lightning.trainer_parts import callbacks
 
 T = TypeVar("T")
@@ -90,7 +90,7 @@ class RolloutDataModule(L.LightningDataModule):
             0 for synchronous RL without carry-over.
         updates_per_batch: optimizer steps on each batch.
         advantage: rewards ``[groups, G]`` to advantages; a function by its import path, such as
-            those of :mod:`copris_lightning.core.advantage`.
+            those of :mod:`copris_lightning.core.estimator.advantage`.
         truncated: what becomes of responses that hit ``max_new_tokens``: ``train`` on them like on
             any other, with the reward that they got; or ``mask`` them from the loss (their
             rewards still count for their group).

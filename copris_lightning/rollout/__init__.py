@@ -1,1 +1,1 @@
-"""Keeping an engine full: the scheduler, the engines behind one protocol, and rewards."""
+"""Keeping an engine full: the scheduler, rewards, and the thread they live on."""

@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 
 from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
+from copris_lightning.engines.engine import Chunk, Decoding, Engine, GenerationRequest
 from copris_lightning.errors import CoprisError, EngineError, RolloutError
-from copris_lightning.rollout.engine import Chunk, Decoding, Engine, GenerationRequest
 from copris_lightning.rollout.rewards import Prompt
 from copris_lightning.rollout.stops import StopStrings, StopWatch
 

@@ -18,7 +18,7 @@ from copris_lightning.core.batching import (
     partition,
     split_by_tokens,
 )
-from copris_lightning.core.normalization import UpdateTotals
+from copris_lightning.core.estimator.normalization import UpdateTotals
 from copris_lightning.core.trajectory import Segment, Trajectory
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=8)

@@ -20,7 +20,7 @@ from simulated_fits import build
 from copris_lightning.__main__ import main
 from copris_lightning.datamodules.checkpoint_file import check_file
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.lora import LoRA
+from copris_lightning.policy.lora import LoRA
 from copris_lightning.quickstart.warm_start import tiny_model
 
 SIZES = {"batch_groups": 2, "max_new_tokens": 8, "cap": 6}

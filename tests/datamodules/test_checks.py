@@ -10,15 +10,15 @@ import pytest
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from copris_lightning.callbacks.weight_sync import WeightSync
-from copris_lightning.core.estimator import PolicyGradient
-from copris_lightning.core.losses import ClippedPolicyLoss
-from copris_lightning.core.penalties import KLPenalty
-from copris_lightning.core.ratios import TokenRatio
-from copris_lightning.datamodules.batches import BatchShape
+from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning.core.estimator.losses import ClippedPolicyLoss
+from copris_lightning.core.estimator.penalties import KLPenalty
+from copris_lightning.core.estimator.ratios import TokenRatio
 from copris_lightning.datamodules.checks import check_epochs
+from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.steps import epoch_micro_batches
+from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.rollout.vllm import VLLMEngine
 
 
 def trainer(strategy: Any, engine: Any = None, kl: KLPenalty | None = None) -> Any:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from copris_lightning.core.advantage import dr_grpo, grpo, rloo
+from copris_lightning.core.estimator.advantage import dr_grpo, grpo, rloo
 from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Segment, Trajectory
 from copris_lightning.datamodules.credit import mean_reward, quarantine, set_advantages
 from copris_lightning.datamodules.settings import RolloutSettings

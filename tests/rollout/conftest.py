@@ -14,7 +14,15 @@ import pytest
 
 from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
-from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.engines.simulated import (
+    Faults,
+    LengthModel,
+    SimulatedEngine,
+    StepTime,
+    simulate_token,
+)
+from copris_lightning.engines.virtual_time import VirtualClockLoop
 from copris_lightning.rollout.rewards import Prompt
 from copris_lightning.rollout.scheduler import (
     Event,
@@ -23,15 +31,7 @@ from copris_lightning.rollout.scheduler import (
     StageStats,
     trajectory_seed,
 )
-from copris_lightning.rollout.simulated import (
-    Faults,
-    LengthModel,
-    SimulatedEngine,
-    StepTime,
-    simulate_token,
-)
 from copris_lightning.rollout.stops import StopStrings
-from copris_lightning.rollout.virtual_time import VirtualClockLoop
 
 VOCAB = 50
 STOP = 3

@@ -14,9 +14,9 @@ import pytest
 from served import is_alive
 from some_rewards import Alarmed, AlarmedJudge, DoesWhatItIsTold, Judge, TwoArguments, parity
 
+from copris_lightning.engines.virtual_time import VirtualClockLoop
 from copris_lightning.errors import ConfigurationError, RewardError
 from copris_lightning.rollout.rewards import Prompt, RewardScorer
-from copris_lightning.rollout.virtual_time import VirtualClockLoop
 
 PROMPT = Prompt("sum-7", text="3 + 4 =", answer="7", extra={"level": 2})
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 import pytest
 
 from copris_lightning.core.buffer import Status
+from copris_lightning.engines.simulated import Faults, LengthModel, StepTime
 from copris_lightning.errors import RolloutError, WeightSyncError
-from copris_lightning.rollout.simulated import Faults, LengthModel, StepTime
 
 
 def stage_events(run):

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 
 from copris_lightning.core.buffer import Status
+from copris_lightning.engines.engine import Chunk, EngineSpec
+from copris_lightning.engines.simulated import Faults, SimulatedEngine
 from copris_lightning.errors import ConfigurationError, EngineError, RewardError
-from copris_lightning.rollout.engine import Chunk, EngineSpec
-from copris_lightning.rollout.simulated import Faults, SimulatedEngine
 
 SMALL = {"cap": 4, "batch_groups": 1, "group_size": 2, "median": 4.0, "max_new_tokens": 12}
 

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from copris_lightning.core.buffer import Status
-from copris_lightning.rollout.simulated import Faults
+from copris_lightning.engines.simulated import Faults
 
 SMALL = {
     "cap": 5,

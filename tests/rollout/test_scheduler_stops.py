@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from copris_lightning.core.trajectory import Trajectory
-from copris_lightning.rollout.engine import Chunk, EngineSpec, GenerationRequest
-from copris_lightning.rollout.simulated import LengthModel, SimulatedEngine, simulate_token
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.engines.simulated import LengthModel, SimulatedEngine, simulate_token
 
 VOCAB, STOP = 50, 3  # the rollout fixture's
 LETTERS = string.ascii_letters[:VOCAB]

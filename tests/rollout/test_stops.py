@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from copris_lightning.datamodules.decoding import ResponseDecoder
+from copris_lightning.rollout.decoding import ResponseDecoder
 from copris_lightning.rollout.stops import StopStrings
 
 TEXT = [

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from copris_lightning.engines.vllm import VLLMEngine
+from copris_lightning.engines.vllm_worker import CoprisWorkerExtension
 from copris_lightning.rollout.rewards import Prompt
-from copris_lightning.rollout.vllm import VLLMEngine
-from copris_lightning.rollout.vllm_worker import CoprisWorkerExtension
 
 
 class SomePrompts:

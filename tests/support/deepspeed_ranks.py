@@ -16,7 +16,7 @@ from deepspeed_on_cpu import CPUDeepSpeedStrategy, CPUForDeepSpeed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from simulated_fits import build
 
-from copris_lightning.core.penalties import KLPenalty
+from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError, QuarantineError, RewardError, RolloutError
 from copris_lightning.quickstart.warm_start import tiny_model
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from copris_lightning.rollout.vllm_worker import CoprisWorkerExtension
+from copris_lightning.engines.vllm_worker import CoprisWorkerExtension
 
 
 class FailingExtension(CoprisWorkerExtension):

@@ -24,8 +24,8 @@ from vllm.distributed.weight_transfer.factory import (
 )
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 
-from copris_lightning.rollout.vllm import VLLMEngine
-from copris_lightning.rollout.vllm_worker import CoprisWorkerExtension
+from copris_lightning.engines.vllm import VLLMEngine
+from copris_lightning.engines.vllm_worker import CoprisWorkerExtension
 
 
 @dataclass

@@ -6,7 +6,7 @@ from typing import Any
 
 from holding import hold
 
-from copris_lightning.rollout.vllm_worker import CoprisWorkerExtension
+from copris_lightning.engines.vllm_worker import CoprisWorkerExtension
 
 hold("boot")
 

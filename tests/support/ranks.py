@@ -33,12 +33,12 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
 from copris_lightning import LoRA
-from copris_lightning.checkpoint_form import as_saved, saved_buffers
-from copris_lightning.core.penalties import KLPenalty
+from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError, RewardError, RolloutError
-from copris_lightning.parallel import full_weights, shard
-from copris_lightning.policy import Policy
-from copris_lightning.pretrained import load_model
+from copris_lightning.policy.policy import Policy
+from copris_lightning.policy.pretrained import load_model
+from copris_lightning.policy.sharding import full_weights, shard
+from copris_lightning.weights.export import as_saved, saved_buffers
 
 TIME_LIMIT_S = 30
 """Of the default process group: how long one rank may wait for another in a collective."""

@@ -22,7 +22,7 @@ from copris_lightning import (
     TrajectoryLedger,
     WeightSync,
 )
-from copris_lightning.rollout.simulated import Faults, LengthModel
+from copris_lightning.engines.simulated import Faults, LengthModel
 
 
 class LoggingEngine(SimulatedEngine):

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from copris_lightning import SimulatedEngine
 from copris_lightning.__main__ import main
-from copris_lightning.rollout.engine import EngineSpec
+from copris_lightning.engines.engine import EngineSpec
 
 CALLBACKS = ("WeightSync", "TrajectoryLedger", "RunSummary")
 LOGGERS: dict[str, Any] = {

@@ -1,0 +1,1 @@
+"""The importance-sampled policy gradient: ratios, losses, corrections, normalization."""

@@ -1,0 +1,1 @@
+"""Where prompts come from, how they are read and checked, and how they become tokens."""

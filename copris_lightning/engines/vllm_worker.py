@@ -1,0 +1,134 @@
+"""What runs inside vLLM's own worker processes: loading the trainer's weights, and checking."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from copris_lightning.engines.owner import end_with_owner
+from copris_lightning.policy.lora import ADAPTER_ID
+from copris_lightning.weights.arrival import Arrival, adapter_report, is_head
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.worker_base import WorkerBase as _Worker
+else:
+    _Worker = object
+
+
+class CoprisWorkerExtension(_Worker):
+    """Methods that vLLM mixes into its worker class (``worker_extension_cls``)."""
+
+    def describe(self, path: str) -> dict[str, Any]:
+        """What a trainer must know of a server: how it was started, and whether it sees a file.
+
+        Returns:
+            ``logprobs_mode``; ``max_num_seqs``, of one data-parallel rank; ``sees_file``, whether
+            ``path`` exists here.
+        """
+        return {
+            "logprobs_mode": self.model_config.logprobs_mode,
+            "max_num_seqs": self.scheduler_config.max_num_seqs,
+            "sees_file": os.path.exists(path),
+        }
+
+    def load_trainer_weights(self, path: str) -> dict[str, Any]:
+        """Load a safetensors file of full tensors as a checkpoint has them.
+
+        Returns:
+            what of it did not arrive: :meth:`Arrival.report`.
+        """
+        arrival = self._new_arrival()
+        with arrival.watching() as watched:
+            self._reload(watched(_tensors(path)))
+            self._repack_tied_head()
+        return arrival.report()
+
+    def watch_transfer(self) -> None:
+        """Before vLLM's own weight transfer: look on, until :meth:`transfer_report`."""
+        model: Any = self._model()
+        load = type(model).load_weights
+        self._looking_on = ExitStack()
+        watched = self._looking_on.enter_context(self._new_arrival().watching())
+        model.load_weights = lambda weights: load(model, watched(weights))
+        self._looking_on.callback(delattr, model, "load_weights")
+
+    def transfer_report(self) -> dict[str, Any]:
+        """After it: what did not arrive, :meth:`Arrival.report`."""
+        self._looking_on.close()
+        if not self._arrival.sent:  # a backend that loads in another way
+            return {"stale": [], "missing": [], "unused": [], "not_compared": ["all"]}
+        return self._arrival.report()
+
+    def adapter_report(self, path: str) -> dict[str, Any]:
+        """What of a file of adapters the engine does not apply, as :meth:`Arrival.report`."""
+        manager: Any = self.model_runner.lora_manager._adapter_manager
+        if self.parallel_config.tensor_parallel_size > 1:
+            return {"stale": [], "missing": [], "unused": [], "not_compared": ["adapters"]}
+        slot = manager.lora_index_to_id.index(ADAPTER_ID)
+        held = [
+            [stack[slot] for stack in stacks]
+            for module in manager.modules.values()
+            for stacks in (module.lora_a_stacked, module.lora_b_stacked)
+        ]
+        return adapter_report(_tensors(path), held)
+
+    def _new_arrival(self) -> Arrival:
+        if not hasattr(self, "_arrival"):
+            self._arrival = Arrival(self._model(), self.model_config.dtype)
+        return self._arrival
+
+    def _reload(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        # vLLM warns at every reload that rotary embeddings (which have no weights) and tied heads
+        # (see below) were not loaded.
+        log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            self._forget_packed_experts()
+            self.reload_weights(weights_iterator=tensors)
+        finally:
+            log.setLevel(level)
+
+    def _forget_packed_experts(self) -> None:
+        """vLLM packs the experts' weights for its CPU kernel when it makes that kernel, which it
+        does once: at a reload they would stay unpacked. Without a kernel it makes a new one."""
+        if self.device.type != "cpu":
+            return
+        for module in self._model().modules():
+            method: Any = getattr(module, "quant_method", None)
+            if getattr(method, "moe_kernel", None) is not None:
+                method.moe_kernel = None
+
+    def _repack_tied_head(self) -> None:
+        """A head tied to the embedding is not loaded itself, so vLLM keeps the copy of the old
+        weights that its CPU kernel packed; pack the new ones."""
+        module: Any
+        for module in self._model().modules():
+            if is_head(module) and hasattr(module, "quant_method"):
+                module.quant_method.process_weights_after_loading(module)
+
+    def explain_mismatch(self, path: str) -> str:
+        """What can be said of the weights in the file and of those that the engine has now."""
+        if not hasattr(self, "_arrival"):
+            return "what the engine has could not be found out: nothing was sent to it in this way"
+        return self._arrival.explain(_tensors(path))
+
+    def _model(self) -> nn.Module:
+        model: nn.Module = self.model_runner.get_model()
+        return model
+
+
+def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 - not a dict
+            yield name, file.get_tensor(name)
+
+
+# A worker imports this module as soon as it starts: its owner may be killed while it boots.
+end_with_owner()

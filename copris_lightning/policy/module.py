@@ -1,0 +1,383 @@
+"""The LightningModule: log-probs of the policy, the IS-corrected loss, and what to log."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from itertools import chain
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import AdamW
+from torchmetrics import MeanMetric
+
+from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.estimator.corrections import Correction
+from copris_lightning.core.estimator.estimator import Estimate, PolicyGradient
+from copris_lightning.core.estimator.losses import ClippedPolicyLoss, PolicyLoss
+from copris_lightning.core.estimator.normalization import NORMALIZATIONS, NormalizationName
+from copris_lightning.core.estimator.penalties import KLPenalty
+from copris_lightning.core.estimator.ratios import Ratio, TokenRatio, TokenTerms
+from copris_lightning.core.evaluation import EvaluationBatch, avg_at_k, pass_at_k
+from copris_lightning.errors import ConfigurationError, QuarantineError
+from copris_lightning.policy.lora import AdapterShape, LoRA, without_adapters
+from copris_lightning.policy.open_batch import OpenBatch
+from copris_lightning.policy.policy import Policy
+from copris_lightning.policy.pretrained import embedding_rows, empty_model, load_config, load_model
+from copris_lightning.policy.sharding import full_weights, shard
+from copris_lightning.policy.zero import splitting
+from copris_lightning.weights.export import as_saved, saved_buffers
+
+
+def _adamw(parameters: Any) -> torch.optim.Optimizer:
+    return AdamW(parameters, lr=1e-6)
+
+
+class CoprisModule(L.LightningModule):
+    """A language model trained with CoPRIS's cross-stage importance sampling.
+
+    Args:
+        model: path or hub name of a causal language model.
+        loss: the policy loss over the ratio.
+        ratio: which policies the importance ratio compares.
+        corrections: constant weights on tokens, for the engine-trainer mismatch or staleness.
+        kl: penalty towards a reference policy, of which a frozen copy is kept on the device; with
+            ``lora`` none is needed for the checkpoint that training starts from.
+        entropy_coefficient: of an entropy bonus, per nat, >= 0.
+        normalization: how token losses become one number: ``token_mean``,
+            ``sequence_mean_token_mean``, ``sequence_mean_token_sum`` or ``constant``; over the
+            whole optimizer step, however it is split into micro-batches and ranks.
+        lora: train adapters only; by default all weights.
+        optimizer: makes the optimizer from the parameters that are trained.
+        lr_scheduler: makes the schedule from the optimizer; steps once per optimizer step.
+        dtype: of the parameters: ``float32``, ``bfloat16`` or ``float16``.
+        attn_implementation: as for ``from_pretrained``.
+        gradient_checkpointing: recompute activations in the backward pass.
+        logprob_chunk_tokens: tokens whose logits are held at a time.
+        log_entropy: compute the policy's entropy for the log; costs a softmax over the vocabulary
+            per token.
+        pass_threshold: an evaluated sample passes with at least this reward.
+        trust_remote_code: run code that the checkpoint brings along.
+
+    Raises:
+        ConfigurationError: the model cannot be found or is not supported.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        loss: PolicyLoss | None = None,
+        ratio: Ratio | None = None,
+        corrections: list[Correction] | None = None,
+        kl: KLPenalty | None = None,
+        entropy_coefficient: float = 0.0,
+        normalization: NormalizationName = "token_mean",
+        lora: LoRA | None = None,
+        optimizer: OptimizerCallable = _adamw,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        dtype: str = "float32",
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        logprob_chunk_tokens: int = 1024,
+        log_entropy: bool = True,
+        pass_threshold: float = 1.0,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if logprob_chunk_tokens < 1:
+            raise ConfigurationError(
+                f"model.init_args.logprob_chunk_tokens={logprob_chunk_tokens} must be at least 1"
+            )
+        if not math.isfinite(pass_threshold):
+            raise ConfigurationError(
+                f"model.init_args.pass_threshold={pass_threshold} must be a finite number"
+            )
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigurationError(
+                f"model.init_args.dtype={dtype!r} must be float32, bfloat16 or float16"
+            )
+        if normalization not in NORMALIZATIONS:
+            raise ConfigurationError(
+                f"model.init_args.normalization={normalization!r} must be one of "
+                f"{', '.join(NORMALIZATIONS)}"
+            )
+        try:
+            self.estimator = PolicyGradient(
+                loss=loss or ClippedPolicyLoss(),
+                ratio=ratio or TokenRatio(),
+                corrections=tuple(corrections or ()),
+                kl=kl,
+                entropy_coefficient=entropy_coefficient,
+            )
+        except ValueError as error:
+            raise ConfigurationError(f"model.init_args.{error}") from error
+        config = load_config(model, trust_remote_code=trust_remote_code)
+        if kl is not None and kl.reference is not None:
+            key = "model.init_args.kl.reference"
+            reference = load_config(kl.reference, key=key, trust_remote_code=trust_remote_code)
+            sizes = [embedding_rows(reference), embedding_rows(config)]
+            if sizes[0] != sizes[1]:
+                raise ConfigurationError(
+                    f"{key}={kl.reference!r} has a vocabulary of {sizes[0]} tokens, the model "
+                    f"has {sizes[1]}"
+                )
+        if lora is not None:
+            lora.check(empty_model(model, trust_remote_code=trust_remote_code))
+        self.model = model
+        self.lora = lora
+        self.normalization = normalization
+        self.log_entropy = log_entropy
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.pass_threshold = pass_threshold
+        self.trust_remote_code = trust_remote_code
+        self.policy: Policy | None = None
+        # In a list, so that its weights are neither trained nor saved nor synced.
+        self._reference: list[Policy] = []
+        self.train_loss = MeanMetric()
+        self._open_batch = OpenBatch(self.train_loss)
+
+    def setup(self, stage: str) -> None:
+        """Forget a batch that an earlier command left unfinished."""
+        self._open_batch.reset()
+
+    def configure_model(self) -> None:
+        """Load the policy; Lightning calls this in every process, before training."""
+        if self.policy is not None:
+            return
+        strategy = self._trainer.strategy if self._trainer is not None else None
+        with splitting(strategy):
+            self.policy = self._load(self.model, is_trained=True)
+        if self.gradient_checkpointing:
+            self.policy.model.gradient_checkpointing_enable()
+
+    def _load(self, model: str, *, is_trained: bool) -> Policy:
+        """A policy, split over ranks where that is done before training."""
+        loaded = load_model(
+            model,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+        # from_pretrained returns the model in eval mode, in which Lightning would leave it.
+        loaded.train(is_trained).requires_grad_(is_trained)
+        if is_trained and self.lora is not None:
+            self.lora.insert(loaded)
+        policy = Policy(loaded, chunk_tokens=self.logprob_chunk_tokens)
+        if self.device_mesh is not None:
+            shard(policy, loaded, self.device_mesh["data_parallel"])
+        return policy
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer and, if there is one, its schedule per optimizer step."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_fit_start(self) -> None:
+        """Load the reference policy, if there is a penalty, where the policy is."""
+        kl = self.estimator.kl
+        if kl is not None and not self._reference and not self._holds_reference:
+            reference = self._load(kl.reference or self.model, is_trained=False)
+            self._reference = [reference.to(self.device)]
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """Log-probs of the response tokens under the current policy, ``[B, R]``, 0 at padding."""
+        assert self.policy is not None, "configure_model() has not run"
+        logprobs, _ = self.policy(batch)
+        return cast("Tensor", logprobs)
+
+    def token_terms(self, batch: MicroBatch) -> TokenTerms:
+        """What the estimator needs to know of a micro-batch's tokens."""
+        assert self.policy is not None, "configure_model() has not run"
+        mode = "detached" if self.log_entropy else "none"
+        if self.estimator.entropy_coefficient:
+            mode = "differentiable"
+        logprobs, entropy = self.policy(batch, mode)
+        return TokenTerms(
+            logprobs=logprobs,
+            behavior_logprobs=batch.behavior_logprobs,
+            advantages=batch.advantages[:, None],
+            mask=batch.loss_mask,
+            lags=batch.lags,
+            mismatch=batch.mismatch,
+            proximal_logprobs=batch.proximal_logprobs,
+            reference_logprobs=self._reference_logprobs(batch),
+            entropy=entropy,
+        )
+
+    @property
+    def _holds_reference(self) -> bool:
+        """Whether the policy without its adapters is the reference policy."""
+        kl = self.estimator.kl
+        return self.lora is not None and kl is not None and kl.reference is None
+
+    @torch.no_grad()
+    def _reference_logprobs(self, batch: MicroBatch) -> Tensor | None:
+        if self._holds_reference:
+            assert self.policy is not None
+            with without_adapters(self.policy):
+                return cast("Tensor", self(batch))
+        return self._reference[0](batch)[0] if self._reference else None
+
+    def policy_loss(self, batch: MicroBatch, terms: TokenTerms) -> tuple[Tensor, Estimate]:
+        """A micro-batch's share of the optimizer step's loss, and its per-token parts."""
+        estimate = self.estimator(terms)
+        weights = NORMALIZATIONS[self.normalization](batch.response_lengths, batch.totals)
+        return (estimate.loss.sum(dim=1) * weights).sum(), estimate
+
+    def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
+        """One micro-batch's share of the optimizer step's loss.
+
+        Lightning averages gradients over ``accumulate_grad_batches`` micro-batches and strategies
+        average over ranks; both are undone, so that the shares add up to the step's loss.
+
+        Returns:
+            ``loss``; ``estimate``, the :class:`Estimate` without its graph; ``quarantined``, the
+            names of trajectories whose log-probs were not finite.
+        """
+        terms = self.token_terms(batch)
+        broken = terms.not_finite
+        # Over all ranks: with split weights, what one computes again they have to.
+        counts = torch.stack([broken.sum(), (broken & batch.included).sum()]).float()
+        any_broken, counted = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        quarantined = []
+        if any_broken:
+            flags = (broken & batch.included).tolist()
+            quarantined = [name for name, bad in zip(batch.names, flags, strict=True) if bad]
+            self._quarantine(batch, quarantined, int(counted))
+            # Not even a loss of zero would do for these rows: its gradient is zero times NaN.
+            batch = batch.placeholder() if broken.all() else batch.rows(~broken)
+            terms = self.token_terms(batch)
+            if terms.not_finite.any():
+                raise QuarantineError(
+                    f"the policy's log-probs are not finite for any input. {self._broken_weights}"
+                )
+        loss, estimate = self.policy_loss(batch, terms)
+        shares = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        self.train_loss.update(loss.detach() * shares)
+        if batch.is_last:
+            self._open_batch.quarantined = 0
+            self.log("train/loss", self.train_loss.compute())
+            self.train_loss.reset()
+            for name, value in batch.metrics.items():
+                self.log(name, value, rank_zero_only=True)
+        self._open_batch.keep(self.trainer, batch_idx, is_last=batch.is_last)
+        estimate.loss = estimate.loss.detach()
+        if self.trainer.strategy.handles_gradient_accumulation:
+            # DeepSpeed averages over micro-batches once more.
+            loss = loss * self.trainer.accumulate_grad_batches
+        return {"loss": loss * shares, "estimate": estimate, "quarantined": quarantined}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The open batch's figures, at the last whole optimizer step."""
+        self._open_batch.save(self.trainer, checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on adding up the open batch's figures."""
+        self._open_batch.load(self.trainer, checkpoint)
+
+    def _quarantine(self, batch: MicroBatch, names: list[str], count: int) -> None:
+        """Count trajectories of all ranks; ``names`` are this rank's."""
+        self._open_batch.quarantined += count
+        if self._open_batch.quarantined > batch.quarantine_limit:
+            raise QuarantineError(
+                f"the policy's log-probs are not finite for {self._open_batch.quarantined} "
+                f"trajectories of a batch, {', '.join(names) or 'on another rank'} among them; "
+                f"data.init_args.max_quarantined allows {batch.quarantine_limit}. "
+                f"{self._broken_weights}"
+            )
+        if names:  # on whichever rank it happens
+            warnings.warn(
+                f"quarantined, since the policy's log-probs are not finite: {', '.join(names)}",
+                stacklevel=3,
+            )
+
+    @property
+    def _broken_weights(self) -> str:
+        return (
+            f"the weights or their precision (model.init_args.dtype={self.dtype_name}) are broken"
+        )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer is told to. FSDP1's norm is only known to its root module."""
+        root = self.trainer.strategy.model
+        if isinstance(root, FullyShardedDataParallel) and gradient_clip_val is not None:
+            if gradient_clip_algorithm not in (None, "norm"):
+                raise ConfigurationError(
+                    f"trainer.gradient_clip_algorithm={gradient_clip_algorithm} cannot be had with "
+                    "trainer.strategy=fsdp; use norm"
+                )
+            root.clip_grad_norm_(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def expected_weights(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the policy's weights in a checkpoint; the model is not loaded."""
+        model = empty_model(self.model, trust_remote_code=self.trust_remote_code)
+        if self.lora is not None:
+            self.lora.insert(model)
+        return ((f"policy.model.{n}", tuple(t.shape)) for n, t in model.state_dict().items())
+
+    @property
+    def adapter(self) -> AdapterShape | None:
+        """What the engine gets in place of whole weights, if it does."""
+        if self.lora is None:
+            return None
+        return self.lora.shape(empty_model(self.model, trust_remote_code=self.trust_remote_code))
+
+    def named_weights(self, root: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The policy's full tensors as ``save_pretrained`` would write them, tied ones once.
+
+        All ranks must go through all of them; see :func:`full_weights`.
+
+        Args:
+            root: what the strategy made of this module.
+        """
+        assert self.policy is not None, "configure_model() has not run"
+        model = self.policy.model
+        weights = chain(full_weights(model, root or self), saved_buffers(model))
+        if self.lora is None:
+            yield from as_saved(model, weights)
+        elif self.lora.sync == "merge":
+            yield from as_saved(model, self.lora.merged(weights))
+        else:
+            yield from self.lora.adapters(weights)
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Log the scores of some prompts."""
+        self._log_evaluation("val", batch)
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+        """Log the scores of some prompts."""
+        self._log_evaluation("test", batch)
+
+    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """The responses, as records like the ledger's."""
+        return batch.records
+
+    def _log_evaluation(self, area: str, batch: EvaluationBatch) -> None:
+        figures = {
+            f"{area}/avg_at_k": avg_at_k(batch.rewards).mean(),
+            f"{area}/pass_at_k": pass_at_k(batch.rewards, self.pass_threshold).mean(),
+            f"{area}/response_tokens": batch.response_lengths.float().mean(),
+        }
+        self.log_dict(
+            figures, on_epoch=True, prog_bar=True, batch_size=len(batch.rewards), sync_dist=True
+        )

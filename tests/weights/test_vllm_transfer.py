@@ -1,0 +1,95 @@
+"""vLLM's own weight transfer, from the trainer through real workers, and an engine that sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from copris_testing import SomePrompts
+from some_rewards import ShareOfDigits
+
+from copris_lightning import CoprisModule, RolloutDataModule, StalenessMonitor, WeightSync
+from copris_lightning.engines.engine import EngineSpec
+from copris_lightning.engines.vllm import VLLMEngine
+from copris_lightning.errors import ConfigurationError, EngineError
+
+
+@pytest.mark.engines
+def test_a_staged_run_with_vllms_transfer_and_a_sleeping_engine(
+    untied_checkpoint: Path,
+    cpu_engine_args: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import file_transfer
+
+    from copris_lightning.rollout import weight_transfer
+
+    monkeypatch.setattr(weight_transfer, "IPCTrainerInitInfo", file_transfer.FileInitInfo)
+    engine = file_transfer.FileTransferEngine(cpu_engine_args)
+    sync = WeightSync()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[sync, StalenessMonitor()],
+    )
+    module = CoprisModule(str(untied_checkpoint), optimizer=lambda p: torch.optim.SGD(p, lr=2.0))
+    data = RolloutDataModule(
+        str(untied_checkpoint),
+        prompts=SomePrompts(),
+        reward=ShareOfDigits(),
+        engine=engine,
+        cap=12,
+        batch_groups=4,
+        group_size=2,
+        max_prompt_tokens=16,
+        max_new_tokens=48,
+    )
+    trainer.fit(module, data)
+    # The weights did arrive, each time, and they did change.
+    assert sync.version == 3
+    assert sync.worst_parity < 1e-4
+    update = ["start_weight_update", "finish_weight_update"]
+    cycle = ["sleep 1", "wake_up ['weights']", *update, "wake_up ['kv_cache']"]
+    assert engine.calls == [*update, *cycle, *cycle, *cycle]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transport": "rdma"}, "transport='rdma' must be files, ipc or nccl"),
+        ({"sleep_level": 3}, "sleep_level=3 must be 1 or 2"),
+    ],
+)
+def test_settings_that_do_not_exist_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        VLLMEngine(**change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"transport": "ipc"}, {"transport": "nccl"}, {"sleep_level": 1}]
+)
+def test_what_needs_a_gpu_says_so_before_it_boots(
+    tiny_checkpoint: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    [(name, value)] = change.items()
+    with pytest.raises(ConfigurationError, match=rf"engine\.init_args\.{name}={value} needs a GPU"):
+        VLLMEngine(**change).validate(EngineSpec(str(tiny_checkpoint), 4, 64, vocab_size=98))
+
+
+def test_weights_that_were_thrown_away_have_to_be_synced_first() -> None:
+    class Running:
+        errored = False
+
+    engine = VLLMEngine(sleep_level=2)
+    engine._llm, engine._asleep = Running(), True
+    with pytest.raises(EngineError, match="sleep_level=2 threw the weights away"):
+        asyncio.run(engine.score([[1, 2]]))
