@@ -13,7 +13,6 @@ from torch import Tensor
 from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.trajectory import Segment, Trajectory
 from copris_lightning.datamodules.rollout import RolloutDataModule
-from copris_lightning.engines.engine import Weights
 from copris_lightning.errors import ConfigurationError, ParityError
 from copris_lightning.policy.randomness import (
     first_random_module,
@@ -21,6 +20,7 @@ from copris_lightning.policy.randomness import (
     training_mode,
 )
 from copris_lightning.policy.sharding import score
+from copris_lightning.weights.transport import Weights
 
 Tolerance = float | Literal["auto"] | None
 

@@ -37,7 +37,7 @@ from copris_lightning.datamodules.ranks import Exchange
 from copris_lightning.datamodules.sampling import Evaluation, Sampling
 from copris_lightning.datamodules.sealed import Sealed
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
-from copris_lightning.engines.engine import Engine, EngineSpec, RankedSync, Weights
+from copris_lightning.engines.engine import Engine, EngineSpec, RankedSync
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.pretrained import (
     context_length,
@@ -53,6 +53,7 @@ from copris_lightning.rollout.session import RolloutSession
 from copris_lightning.runs.directory import directory_of
 from copris_lightning.runs.resume import attach
 from copris_lightning.trainer_parts import callbacks
+from copris_lightning.weights.transport import Weights
 
 T = TypeVar("T")
 

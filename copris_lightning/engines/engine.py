@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from copris_lightning.core.trajectory import FinishReason
-from copris_lightning.policy.lora import AdapterShape
-
-Weights = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Begins a pass over the trainer's full tensors under the checkpoint's names, tied ones once. All
-of the trainer's ranks have to go through a pass together."""
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
-"""Runs a coroutine on the engine's loop, from another thread, and waits for its result."""
+from copris_lightning.weights.adapter import AdapterShape
+from copris_lightning.weights.transport import Run, Weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest, Run, Weights
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
 from copris_lightning.engines.vllm_arguments import (
     adapter_arguments,
     check_arguments,
@@ -23,10 +23,11 @@ from copris_lightning.engines.vllm_arguments import (
 from copris_lightning.engines.vllm_processes import VLLMProcesses
 from copris_lightning.engines.watchdog import Deadlines
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-from copris_lightning.policy.lora import ADAPTER_ID, AdapterShape, adapter_shape, as_folder
 from copris_lightning.search_path import SAFE_PATH, SET_HERE
+from copris_lightning.weights.adapter import ADAPTER_ID, AdapterShape, adapter_shape, as_folder
 from copris_lightning.weights.arrival import fault
 from copris_lightning.weights.files import check_hand_over, hand_over_prefix, handed_over
+from copris_lightning.weights.transport import Run, Weights
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest

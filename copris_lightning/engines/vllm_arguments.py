@@ -10,7 +10,7 @@ from typing import Any
 
 from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.policy.lora import AdapterShape
+from copris_lightning.weights.adapter import AdapterShape
 
 _KEY = "engine.init_args.engine_args"
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from copris_lightning.engines.owner import end_with_owner
-from copris_lightning.policy.lora import ADAPTER_ID
+from copris_lightning.weights.adapter import ADAPTER_ID
 from copris_lightning.weights.arrival import Arrival, adapter_report, is_head
 
 if TYPE_CHECKING:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.zero import whole
+from copris_lightning.weights.adapter import AdapterShape, last_parts
 
 KEY = "model.init_args.lora"
 ADAPTER = "default"
 """peft's name of the only adapter."""
-ADAPTER_ID = 1
-"""vLLM's number of it."""
 
 _ADAPTED = re.compile(rf"(.+)\.(base_layer|lora_[AB]\.{ADAPTER})\.weight")
 _FILE_PREFIX = "base_model.model."
@@ -86,7 +83,7 @@ class LoRA:
         """Of the adapters that the engine gets; ``None`` if it gets whole weights."""
         if self.sync == "merge":
             return None
-        return AdapterShape(self.rank, _ends(self._layers(model)))
+        return AdapterShape(self.rank, last_parts(self._layers(model)))
 
     def insert(self, model: Any) -> None:
         """Put adapters into a language model, in place, and freeze all other weights."""
@@ -124,7 +121,7 @@ class LoRA:
             if not matched:
                 raise ConfigurationError(
                     f"{KEY}.target_modules: no linear layer's name ends with {target!r} (the "
-                    f"head's does not count); the model has {', '.join(_ends(linear))}"
+                    f"head's does not count); the model has {', '.join(last_parts(linear))}"
                 )
             chosen |= dict.fromkeys(matched)
         if not chosen:
@@ -166,50 +163,6 @@ class LoRA:
             if adapter:
                 scaled = self.scaling * tensor if stem.endswith("lora_B") else tensor
                 yield f"{_FILE_PREFIX}{stem}.weight", scaled
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterShape:
-    """What an engine must know of adapters before they come.
-
-    Attributes:
-        rank: r.
-        layers: the last parts of the names of the layers that have one, sorted.
-    """
-
-    rank: int
-    layers: tuple[str, ...]
-
-
-def adapter_shape(weights: Mapping[str, Tensor]) -> AdapterShape | None:
-    """Of what :meth:`LoRA.adapters` yielded; ``None`` if these are other weights."""
-    ranks = {t.shape[0] for name, t in weights.items() if name.endswith(".lora_A.weight")}
-    if not ranks:
-        return None
-    (rank,) = ranks
-    return AdapterShape(rank, _ends(name.rsplit(".", 2)[0] for name in weights))
-
-
-def _ends(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(sorted({name.rpartition(".")[2] for name in names}))
-
-
-def as_folder(file: Path, shape: AdapterShape) -> Path:
-    """The folder of a safetensors file, made one that peft and vLLM load an adapter from.
-
-    Args:
-        file: holds what :meth:`LoRA.adapters` yielded; is renamed.
-        shape: of these.
-    """
-    config = {
-        "peft_type": "LORA",
-        "r": shape.rank,
-        "lora_alpha": shape.rank,  # a scale of 1, since B holds it
-        "target_modules": shape.layers,
-    }
-    (file.parent / "adapter_config.json").write_text(json.dumps(config))
-    file.rename(file.parent / "adapter_model.safetensors")
-    return file.parent
 
 
 @contextmanager

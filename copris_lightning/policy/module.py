@@ -25,13 +25,15 @@ from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.core.estimator.ratios import Ratio, TokenRatio, TokenTerms
 from copris_lightning.core.evaluation import EvaluationBatch, avg_at_k, pass_at_k
 from copris_lightning.errors import ConfigurationError, QuarantineError
-from copris_lightning.policy.lora import AdapterShape, LoRA, without_adapters
+from copris_lightning.policy.lora import LoRA, without_adapters
 from copris_lightning.policy.open_batch import OpenBatch
 from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import embedding_rows, empty_model, load_config, load_model
-from copris_lightning.policy.sharding import full_weights, shard
+from copris_lightning.policy.sharding import shard
 from copris_lightning.policy.zero import splitting
+from copris_lightning.weights.adapter import AdapterShape
 from copris_lightning.weights.export import as_saved, saved_buffers
+from copris_lightning.weights.gather import full_weights
 
 
 def _adamw(parameters: Any) -> torch.optim.Optimizer:

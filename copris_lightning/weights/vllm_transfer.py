@@ -21,7 +21,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from copris_lightning.engines.engine import Run, Weights
+    from copris_lightning.weights.transport import Run, Weights
 
 
 class FullWeights(WeightSource):

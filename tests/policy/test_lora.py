@@ -34,7 +34,8 @@ from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.trajectory import Segment, Trajectory
 from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.policy.lora import AdapterShape, adapter_shape, as_folder, without_adapters
+from copris_lightning.policy.lora import without_adapters
+from copris_lightning.weights.adapter import AdapterShape, adapter_shape, as_folder
 
 CHOSEN = LoRA(rank=4, alpha=6.0, target_modules=["q_proj", "mlp.down_proj"])
 

@@ -37,8 +37,9 @@ from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError, RewardError, RolloutError
 from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import load_model
-from copris_lightning.policy.sharding import full_weights, shard
+from copris_lightning.policy.sharding import shard
 from copris_lightning.weights.export import as_saved, saved_buffers
+from copris_lightning.weights.gather import full_weights
 
 TIME_LIMIT_S = 30
 """Of the default process group: how long one rank may wait for another in a collective."""
