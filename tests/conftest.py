@@ -22,6 +22,19 @@ CPU_ENGINE_ARGS = {
 }
 
 
+LAUNCHED = ("LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+"""What says that a process was started as one of several, with MASTER_ADDR and MASTER_PORT."""
+
+
+@pytest.fixture(autouse=True)
+def no_launch_variables() -> Iterator[None]:
+    """A fit with DDP in this process leaves them set, and a run that a later test starts would take
+    itself for one of its ranks and wait for the others."""
+    yield
+    for name in (*LAUNCHED, "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the tests that boot an engine each, take some: see :mod:`slices`."""
