@@ -83,8 +83,7 @@ def fit(
         reward=ShareOfDigits(),
         engine=engine,
         temperature=temperature,
-        **SIZES,
-        **data,
+        **{**SIZES, **data},
     )
     sync = WeightSync()
     recorder = Recorder(sync)
@@ -108,7 +107,10 @@ def test_each_segment_bears_the_logprobs_of_the_very_weights_of_its_version(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:
     engine = VLLMEngine(cpu_engine_args)
-    trainer, recorder = fit(tiny_checkpoint, engine, tmp_path, lr=0.3, steps=6)
+    # Long, so that on a slow machine too some are unfinished once the rewards of others are there.
+    trainer, recorder = fit(
+        tiny_checkpoint, engine, tmp_path, lr=0.3, steps=6, cap=40, max_new_tokens=240
+    )
     models = {}
     for version, weights in recorder.weights.items():
         models[version] = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
