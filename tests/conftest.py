@@ -13,6 +13,9 @@ from slices import boots, left_out, of_today
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
+# What these assert tells as much as in a test file.
+pytest.register_assert_rewrite("estimates", "rollouts")
+
 SELECTED = pytest.StashKey[list[pytest.Item]]()
 
 CPU_ENGINE_ARGS = {
