@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from rollouts import Rollout
-
-from copris_lightning.engines.virtual_time import VirtualClockLoop
 
 
 @pytest.fixture
@@ -24,13 +21,3 @@ def rollout() -> Iterator[Callable[..., Rollout]]:
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture
-def loop() -> Iterator[VirtualClockLoop]:
-    """An event loop on virtual time."""
-    made = VirtualClockLoop()
-    yield made
-    leftovers = asyncio.all_tasks(made)
-    made.close()
-    assert not leftovers
