@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slices import boots, left_out, of_today
 
 # Before anything imports vLLM or a Hugging Face library: no hub, and logs that can be read.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,32 +16,13 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 # What these assert tells as much as in a test file.
 pytest.register_assert_rewrite("estimates", "rollouts")
 
-SELECTED = pytest.StashKey[list[pytest.Item]]()
+pytest_plugins = ["pytester", "slices"]
 
 CPU_ENGINE_ARGS = {
     "dtype": "float32",
     "enforce_eager": True,
     "kv_cache_memory_bytes": 2**27,
 }
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the tests that boot an engine each, take some: see :mod:`slices`."""
-    dropped = set(left_out(config, items))
-    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-    items[:] = [item for item in items if item not in dropped]
-    config.stash[SELECTED] = list(items)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which cells of slices ran, and how many engines were booted."""
-    items = terminalreporter.config.stash.get(SELECTED, [])
-    number = boots(items)
-    if number:
-        terminalreporter.section(f"{number} engine boots, each server's counted")
-    for name in of_today(items):
-        terminalreporter.write_line(f"of a slice: {name}")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,133 @@
+"""Which tests a run leaves to other days, and how many engines it says to have booted."""
+
+from __future__ import annotations
+
+import datetime
+
+import pytest
+
+SUITE = """
+import pytest
+
+@pytest.fixture(scope="module")
+def servers(): ...
+
+def test_plain(): ...
+
+def test_on_two_servers(servers): ...
+
+@pytest.mark.boots(1)
+def test_a_fit(): ...
+
+@pytest.mark.engines
+@pytest.mark.parametrize("i", range(5))
+def test_engine(i): ...
+
+@pytest.mark.engines
+@pytest.mark.boots(2)
+def test_two_engines(): ...
+
+@pytest.mark.kills
+@pytest.mark.parametrize("i", range(5))
+def test_kill(i): ...
+
+@pytest.mark.deepspeed("stage_3")
+def test_ranks(): ...
+"""
+
+SETTINGS = """
+[pytest]
+testpaths = .
+addopts = --strict-markers
+markers =
+    boots(n)
+    engines
+    kills
+    models
+    deepspeed
+"""
+
+
+@pytest.fixture
+def suite(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
+    """A small suite with slices, in a directory of its own."""
+    pytester.makepyfile(test_small=SUITE)
+    pytester.makeini(SETTINGS)
+    on(monkeypatch, 1)
+    return pytester
+
+
+def on(monkeypatch: pytest.MonkeyPatch, day: int) -> None:
+    """It is another day."""
+
+    class Day(datetime.date):
+        @classmethod
+        def today(cls) -> Day:
+            return cls(2026, 1, day)
+
+    monkeypatch.setattr(datetime, "date", Day)
+
+
+def run(suite: pytest.Pytester, *args: str) -> tuple[list[str], str]:
+    """Names of the tests that ran, and what was printed."""
+    result = suite.runpytest_inprocess("-p", "slices", "-v", "-p", "no:cacheprovider", *args)
+    assert result.ret == 0
+    lines = [line.split("::")[1].split()[0] for line in result.outlines if "PASSED" in line]
+    return lines, result.stdout.str()
+
+
+def test_the_whole_suite_has_one_of_each_slice_and_says_which(suite: pytest.Pytester) -> None:
+    ran, printed = run(suite)
+    assert {"test_plain", "test_on_two_servers", "test_a_fit", "test_ranks"} <= set(ran)
+    [engine] = [name for name in ran if name.startswith(("test_engine", "test_two_engines"))]
+    [kill] = [name for name in ran if name.startswith("test_kill")]
+    for name in (engine, kill, "test_ranks"):
+        assert f"of a slice: test_small.py::{name}" in printed
+    assert printed.count("of a slice") == 3
+    assert len(ran) == 6
+
+
+def test_every_one_has_its_day_and_a_day_is_the_same_throughout(
+    suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+    for day in range(1, 29):
+        on(monkeypatch, day)
+        ran, _ = run(suite)
+        if day == 1:
+            assert ran == run(suite)[0]
+        seen |= set(ran)
+    assert len([name for name in seen if "test_engine" in name]) == 5
+    assert len([name for name in seen if "test_kill" in name]) == 5
+    assert "test_two_engines" in seen
+
+
+def test_a_slice_that_is_asked_for_runs_whole(suite: pytest.Pytester) -> None:
+    ran, _ = run(suite, "-m", "kills")
+    assert len(ran) == 5
+
+
+def test_a_file_that_is_named_runs_but_for_what_is_long(suite: pytest.Pytester) -> None:
+    ran, _ = run(suite, "test_small.py")
+    assert len([name for name in ran if "engine" in name]) == 6
+    assert not [name for name in ran if "kill" in name or "ranks" in name]
+
+
+def test_boots_are_counted_those_of_servers_too(
+    suite: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for day in range(1, 8):
+        on(monkeypatch, day)
+        ran, printed = run(suite)
+        # Two servers, the fit, one that is killed, and that of the slice `engines`.
+        expected = 4 + (2 if "test_two_engines" in ran else 1)
+        assert f"{expected} engine boots, each server's counted" in printed
+
+
+def test_a_suite_that_would_boot_too_many_on_some_day_is_refused(suite: pytest.Pytester) -> None:
+    suite.makepyfile(
+        test_more="import pytest\n@pytest.mark.engines\n@pytest.mark.boots(5)\ndef test_five(): ..."
+    )
+    result = suite.runpytest_inprocess("-p", "slices")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines(["*would boot 9 engines on some day, more than 8*"])
