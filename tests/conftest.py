@@ -25,6 +25,21 @@ CPU_ENGINE_ARGS = {
 }
 
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def no_ranks_in_the_environment() -> Iterator[None]:
+    """Lightning's strategies leave theirs behind: a later test's run would wait for other ranks."""
+    before = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained Qwen3 of 0.2 M parameters with tied embeddings."""
