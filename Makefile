@@ -26,8 +26,8 @@ simulated: setup
 test: setup
 	$(BIN)/python -m pytest
 
-# What boots an engine each is too long for `make test`, which has some of it, others every day:
-# these run all. ARGS="-k sync" takes a part.
+# What takes too long for `make test`, which has one of each, another every day: these run all.
+# ARGS="-k sync" takes a part.
 
 # Whole fits with an engine of their own.
 test-engines: setup
@@ -41,9 +41,9 @@ test-models: setup
 test-kills: setup
 	$(BIN)/python -m pytest -m kills $(ARGS)
 
-# Every way to train under DeepSpeed on two CPU processes; a slice of it is in `make test`.
+# Every way to train under DeepSpeed, on two CPU processes.
 test-deepspeed: setup
-	$(BIN)/python -m pytest -m "deepspeed or not deepspeed" tests/test_deepspeed.py
+	$(BIN)/python -m pytest -m deepspeed $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

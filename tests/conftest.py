@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slices import boots, left_out, of_today
 
 # Before anything imports vLLM or a Hugging Face library: no hub, and logs that can be read.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-SELECTED = pytest.StashKey[list[pytest.Item]]()
+# What these assert tells as much as in a test file.
+pytest.register_assert_rewrite("estimates", "rollouts")
+
+pytest_plugins = ["pytester", "slices"]
 
 CPU_ENGINE_ARGS = {
     "dtype": "float32",
@@ -27,31 +30,12 @@ LAUNCHED = ("LOCAL_RANK", "NODE_RANK", "RANK", "GROUP_RANK", "WORLD_SIZE", "LOCA
 
 
 @pytest.fixture(autouse=True)
-def no_launch_variables() -> Iterator[None]:
-    """A fit with DDP in this process leaves them set, and a run that a later test starts would take
-    itself for one of its ranks and wait for the others."""
+def no_ranks_in_the_environment() -> Iterator[None]:
+    """Lightning's strategies leave theirs behind, and a run that a later test starts would take
+    itself for one of those ranks and wait for the others."""
     yield
     for name in (*LAUNCHED, "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the tests that boot an engine each, take some: see :mod:`slices`."""
-    dropped = set(left_out(config, items))
-    config.hook.pytest_deselected(items=[item for item in items if item in dropped])
-    items[:] = [item for item in items if item not in dropped]
-    config.stash[SELECTED] = list(items)
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say which cells of slices ran, and how many engines were booted."""
-    items = terminalreporter.config.stash.get(SELECTED, [])
-    number = boots(items)
-    if number:
-        terminalreporter.section(f"{number} engine boots, each server's counted")
-    for name in of_today(items):
-        terminalreporter.write_line(f"of a slice: {name}")
 
 
 @pytest.fixture(scope="session")
@@ -91,3 +75,15 @@ def running_vllm(tiny_checkpoint: Path) -> Iterator[object]:
     finally:
         loop.call(engine.close())
         loop.close()
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop on virtual time, on which no task may be left."""
+    from copris_lightning.engines.virtual_time import VirtualClockLoop
+
+    made = VirtualClockLoop()
+    yield made
+    leftovers = asyncio.all_tasks(made)
+    made.close()
+    assert not leftovers

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from copris_testing import SomePrompts, digest
-from deepspeed_ranks import IN_EVERY_RUN, SCENARIOS, TWO_UPDATES, UNEVEN, falling
+from deepspeed_ranks import SCENARIOS, TWO_UPDATES, UNEVEN, falling
 from ranks import train, trained_adapters
 from simulated_fits import build
 from two_ranks import outcomes, run
@@ -26,16 +26,16 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(
     tiny_checkpoint: Path, directory: Path, request: pytest.FixtureRequest
 ) -> dict[str, Any]:
-    """What each scenario gave, a list over the two ranks."""
-    are_all = any(item.get_closest_marker("deepspeed") for item in request.session.items)
-    names = SCENARIOS if are_all else IN_EVERY_RUN
+    """What each scenario of the selected tests gave, a list over the two ranks."""
+    markers = [item.get_closest_marker("deepspeed") for item in request.session.items]
+    wanted = {name for marker in markers if marker is not None for name in marker.args}
+    names = [name for name in SCENARIOS if name in wanted]
     return run("deepspeed_ranks.py", tiny_checkpoint, directory, names, DS_ACCELERATOR="cpu")
 
 
 def case(scenario: str, *values: Any) -> Any:
-    """A test's parameters, in a slice of its own unless its scenario is in every run."""
-    marks = [] if scenario in IN_EVERY_RUN else [pytest.mark.deepspeed]
-    return pytest.param(scenario, *values, marks=marks)
+    """A test's parameters: its scenario, which the ranks run if the test is selected, and more."""
+    return pytest.param(scenario, *values, marks=pytest.mark.deepspeed(scenario))
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +107,7 @@ def test_two_ranks_train_as_one(
     assert other["synced"] == []
 
 
-@pytest.mark.deepspeed
-@pytest.mark.parametrize("scenario", ["stage_2", "stage_3"])
+@pytest.mark.parametrize("scenario", [case("stage_2"), case("stage_3")])
 def test_the_engine_gets_the_weights_of_the_trainer(results: dict[str, Any], scenario: str) -> None:
     leader, _ = outcomes(results, scenario)
     for synced, weights in zip(leader["synced"][1:], leader["weights"], strict=True):
@@ -116,6 +115,7 @@ def test_the_engine_gets_the_weights_of_the_trainer(results: dict[str, Any], sce
     assert leader["synced"][1] != leader["synced"][0]
 
 
+@pytest.mark.deepspeed("stage_2_in_mixed_precision")
 def test_mixed_precision_rounds_neither_advantages_nor_log_probs(
     results: dict[str, Any], alone: Any
 ) -> None:
@@ -165,7 +165,9 @@ def test_a_checkpoint_within_a_step_resumes_at_its_first_micro_batch(
         assert cut["ledger"] == batches
 
 
-@pytest.mark.deepspeed
+@pytest.mark.deepspeed(
+    "stage_2_resumed", "stage_2_validated", "stage_3_resumed", "stage_3_validated"
+)
 def test_a_checkpoint_is_evaluated_under_stage_2_and_as_one_file_after_stage_3(
     results: dict[str, Any],
     alone: Any,
@@ -194,7 +196,7 @@ def test_a_checkpoint_is_evaluated_under_stage_2_and_as_one_file_after_stage_3(
         torch.testing.assert_close(loaded[name], weight, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.deepspeed
+@pytest.mark.deepspeed("quarantined", "too_many_quarantined")
 def test_a_broken_trajectory_on_one_rank_makes_all_start_again(results: dict[str, Any]) -> None:
     leader, other = outcomes(results, "quarantined")
     excluded = [r for r in leader["ledger"] if "excluded" in r]

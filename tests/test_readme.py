@@ -53,6 +53,7 @@ def test_the_readmes_run_trains_and_its_resume_line_continues_the_ledger(home: P
     fit_and_resume(home, SIMULATED)
 
 
+@pytest.mark.engines
 @pytest.mark.boots(2)
 def test_the_same_on_vllm_with_two_reward_workers(home: Path) -> None:
     lay_traps(home)

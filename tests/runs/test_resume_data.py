@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 from simulated_fits import build, ledger
+from some_rewards import another, by_answer
 
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
@@ -36,15 +37,6 @@ def rows(count: int = 10) -> list[Prompt]:
         Prompt(f"p{i:03d}", text=f"{5 * i}+{i % 7}=", answer=f"answer {i}", extra={"n": i})
         for i in range(count)
     ]
-
-
-async def by_answer(response: str, prompt: Prompt) -> float:
-    """Depends on which prompt's answer it is given."""
-    return float((len(response) + int(str(prompt.answer).split()[-1])) % 3)
-
-
-async def another(response: str, prompt: Prompt) -> float:
-    return 1.0 - await by_answer(response, prompt)
 
 
 class SaveAt(L.Callback):
@@ -190,13 +182,24 @@ def edited(edit: str, draw: random.Random) -> dict[str, Any]:
     return data
 
 
+@pytest.fixture(scope="module")
+def uncut(
+    tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+    """The weights and the ledger of the run that nobody stopped."""
+    return fit(tiny_checkpoint, tmp_path_factory.mktemp("uncut"))
+
+
 @pytest.mark.parametrize("program", range(6))
 @pytest.mark.timeout(900)
 def test_any_order_of_save_resume_and_change_trains_right_or_refuses(
-    tiny_checkpoint: Path, tmp_path: Path, program: int
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    uncut: tuple[dict[str, torch.Tensor], list[dict[str, Any]]],
+    program: int,
 ) -> None:
     draw = random.Random(program)
-    weights, records = fit(tiny_checkpoint, tmp_path / "uncut")
+    weights, records = uncut
     file: Path | None = None
     done = 0
     while True:

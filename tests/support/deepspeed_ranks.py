@@ -15,22 +15,13 @@ from copris_testing import SomePrompts
 from deepspeed_on_cpu import CPUDeepSpeedStrategy, CPUForDeepSpeed
 from lightning.pytorch.callbacks import ModelCheckpoint
 from simulated_fits import build
+from some_rewards import failing as failing_reward
 
 from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError, QuarantineError, RewardError, RolloutError
 from copris_lightning.quickstart.warm_start import tiny_model
 
 SCENARIOS: dict[str, Callable[[Path, Path], Any]] = {}
-
-IN_EVERY_RUN = (
-    "stage_3_with_adapters_and_a_head",
-    "stage_2_with_a_reference",
-    "stage_2_in_mixed_precision",
-    "stage_2_resumed",
-    "stage_3_resumed",
-    "failing",
-)
-"""Scenarios of the default test run; ``make test-deepspeed`` goes through all."""
 
 UNEVEN: dict[str, Any] = {
     "accumulate_grad_batches": 1,
@@ -216,7 +207,7 @@ def too_many_quarantined(checkpoint: Path, directory: Path) -> Any:
 
 def fail(checkpoint: Path, directory: Path, **data: Any) -> str:
     try:
-        train(3, checkpoint, directory, data={"reward": ranks.broken, **data})
+        train(3, checkpoint, directory, data={"reward": failing_reward, **data})
     except (RewardError, RolloutError) as error:
         return repr(error)
     raise AssertionError("nothing was raised")

@@ -253,10 +253,6 @@ def quarantined(checkpoint: Path, directory: Path) -> Any:
     return train("fsdp2", poisoned(checkpoint, directory), directory, data=data)
 
 
-async def broken(response: str, prompt: Any) -> float:
-    raise KeyError("the answer is missing")
-
-
 def fail(checkpoint: Path, directory: Path, **data: Any) -> str:
     try:
         train("fsdp2", checkpoint, directory, data={"reward": failing_reward, **data})

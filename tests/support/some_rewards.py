@@ -24,6 +24,16 @@ class Parity:
         return parity(response, prompt)
 
 
+async def by_answer(response: str, prompt: Any) -> float:
+    """Depends on which prompt's answer it is given; answers end with a number."""
+    return float((len(response) + int(str(prompt.answer).split()[-1])) % 3)
+
+
+async def another(response: str, prompt: Any) -> float:
+    """Right where the other is wrong."""
+    return 1.0 - await by_answer(response, prompt)
+
+
 class ShareOfDigits:
     """Varies on random text: the share of digits in the response."""
 

@@ -1,0 +1,213 @@
+"""A rollout on the simulated engine that remembers all that went by, and its tokens' oracle."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
+from copris_lightning.core.trajectory import PromptGroup, Trajectory
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.engines.simulated import (
+    Faults,
+    LengthModel,
+    SimulatedEngine,
+    StepTime,
+    simulate_token,
+)
+from copris_lightning.engines.virtual_time import VirtualClockLoop
+from copris_lightning.rollout.rewards import Prompt
+from copris_lightning.rollout.scheduler import (
+    Event,
+    QueuedPrompt,
+    RolloutScheduler,
+    StageStats,
+    trajectory_seed,
+)
+from copris_lightning.rollout.stops import StopStrings
+
+VOCAB = 50
+STOP = 3
+
+
+class RecordingEngine(SimulatedEngine):
+    """Notes every request, and every token that it hands to the scheduler, by seed."""
+
+    def __init__(self, lengths: LengthModel, faults: Faults) -> None:
+        super().__init__(lengths, StepTime(0.02, 0.0002), faults)
+        self.requests: list[GenerationRequest] = []
+        self.emitted: dict[int, list[int]] = {}
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        self.requests.append(request)
+        async with aclosing(super().generate(request)) as chunks:
+            async for chunk in chunks:
+                self.emitted.setdefault(request.seed, []).extend(chunk.token_ids)
+                yield chunk
+
+
+class CountingPrompts:
+    """Prompt ``i`` is called ``p<i>``; ``limit`` of them, or no end."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
+        self.taken = 0
+
+    def next(self) -> QueuedPrompt | None:
+        if self.taken == self.limit:
+            return None
+        self.taken += 1
+        return self.get(self.taken - 1)
+
+    def prompt(self, index: int) -> Prompt:
+        return self.get(index).prompt
+
+    def get(self, index: int) -> QueuedPrompt:
+        tokens = (10 + index % 7, *range(20, 21 + index % 4))
+        return QueuedPrompt(Prompt(f"p{index}", text=str(index)), index, tokens)
+
+
+async def constant_reward(response: str, prompt: Prompt) -> float:
+    return 1.0
+
+
+class Rollout:
+    """One scheduler with everything it needs, on virtual time."""
+
+    def __init__(
+        self,
+        *,
+        cap: int = 12,
+        batch_groups: int = 2,
+        group_size: int = 3,
+        max_new_tokens: int = 48,
+        max_staleness: int | None = None,
+        median: float = 8.0,
+        sigma: float = 1.0,
+        prompts: int | None = None,
+        seed: int = 0,
+        faults: Faults | None = None,
+        scorer: Any = constant_reward,
+        engine: Any = None,
+        loop: VirtualClockLoop | None = None,
+        name: str = "train",
+        decode: Callable[[Sequence[int]], str] = lambda token_ids: " ".join(map(str, token_ids)),
+        stops: tuple[str, ...] = (),
+    ) -> None:
+        self.seed = seed
+        self.loop = loop or VirtualClockLoop()
+        self.prompts = CountingPrompts(prompts)
+        self.events: list[Event] = []
+        self.watchers: list[Callable[[Event], None]] = []
+        self.groups: list[PromptGroup] = []
+        self.buffer = CarryOverBuffer(
+            cap=cap,
+            group_size=group_size,
+            batch_groups=batch_groups,
+            max_new_tokens=max_new_tokens,
+            stop_token_ids=(STOP,),
+            max_staleness=max_staleness,
+        )
+        if engine is None:
+            engine = RecordingEngine(LengthModel(median, sigma), faults or Faults())
+            spec = EngineSpec("none", cap, max_new_tokens + 10, VOCAB)
+            self.run(engine.start(spec))
+        self.engine = engine
+        self.scheduler = RolloutScheduler(
+            engine=engine,
+            buffer=self.buffer,
+            prompts=self.prompts,
+            scorer=scorer,
+            decode=decode,
+            stops=StopStrings(stops, decode),
+            seed=seed,
+            name=name,
+            observer=self._observe,
+        )
+
+    def _observe(self, event: Event) -> None:
+        self.events.append(event)
+        for watch in self.watchers:
+            watch(event)
+
+    def run(self, work: Any) -> Any:
+        return self.loop.run_until_complete(work)
+
+    def collect(self) -> tuple[list[PromptGroup], StageStats]:
+        """One stage; what it delivers is also kept in ``groups``."""
+        groups, stats = self.run(self.scheduler.collect())
+        self.groups += groups
+        return groups, stats
+
+    def sync(self, version: int | None = None) -> None:
+        """New weights: the next version, or the given one."""
+        version = self.engine.version + 1 if version is None else version
+        self.run(self.engine.update_weights((), version))
+
+    def stages(self, count: int) -> None:
+        """Stages with a weight update after each."""
+        for _ in range(count):
+            self.collect()
+            self.sync()
+
+    def close(self) -> None:
+        if not self.loop.is_closed():
+            self.run(self.scheduler.close())
+            self.run(self.engine.close())
+            self.loop.close()
+
+    # -- looking ---------------------------------------------------------------------------
+
+    def of_kind(self, *kinds: str) -> list[Event]:
+        return [event for event in self.events if event.kind in kinds]
+
+    def trained(self) -> list[str]:
+        """Ids of the prompts delivered so far."""
+        return [group.trajectories[0].prompt_id for group in self.groups]
+
+    def seed_of(self, key: Key) -> int:
+        return trajectory_seed(self.seed, *key)
+
+    def check_tokens(self, trajectory: Trajectory) -> None:
+        """Compute every token and log-prob again, from its version and all that precedes it."""
+        seed = self.seed_of((trajectory.group_id, trajectory.sample))
+        prefix = list(trajectory.prompt_token_ids)
+        for segment in trajectory.segments:
+            assert len(segment.token_ids) == len(segment.logprobs)
+            for token, logprob in zip(segment.token_ids, segment.logprobs, strict=True):
+                expected = simulate_token(
+                    segment.version,
+                    prefix,
+                    seed,
+                    vocab_size=VOCAB,
+                    stop=STOP,
+                    mean=self.engine.lengths.mean(seed),
+                )
+                assert (token, logprob) == expected
+                prefix.append(token)
+        response = trajectory.response_token_ids
+        assert STOP not in response[:-1]
+        assert len(response) <= self.buffer.max_new_tokens
+        ended = response[-1:] == [STOP] or len(response) == self.buffer.max_new_tokens
+        assert ended == (trajectory.finish_reason is not None)
+        if trajectory.finish_reason is not None:
+            assert trajectory.finish_reason == ("stop" if response[-1] == STOP else "length")
+
+    def check_all_tokens(self) -> None:
+        """The oracle over all that was delivered, and all that is still in the buffer."""
+        for group in self.groups:
+            for trajectory in group.trajectories:
+                assert trajectory.finish_reason is not None
+                self.check_tokens(trajectory)
+        for trajectory in self.buffer.trajectories():
+            self.check_tokens(trajectory)
+
+    def check_conservation(self) -> None:
+        """Every trajectory ever admitted is in exactly one place."""
+        assert self.buffer.admitted == self.prompts.taken * self.buffer.group_size
+        assert self.buffer.admitted == sum(self.buffer.count(status) for status in Status)
+        inside = {t.prompt_id for t in self.buffer.trajectories()}
+        assert sorted([*self.trained(), *inside]) == sorted(
+            f"p{i}" for i in range(self.prompts.taken)
+        )
