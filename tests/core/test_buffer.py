@@ -261,13 +261,20 @@ class BufferMachine(RuleBasedStateMachine):
         for key in self.model.keys("finished"):
             assert self.both(lambda b, key=key: b.score(key, 1.0)) == self.model.score(key, 1.0)
 
-    @rule(count=st.integers(1, 4), youngest=st.booleans(), streaming=st.booleans())
-    def run_a_batch(self, count, youngest, streaming):
+    @rule(
+        count=st.integers(1, 4),
+        youngest=st.booleans(),
+        streaming=st.booleans(),
+        reload=st.booleans(),
+    )
+    def run_a_batch(self, count, youngest, streaming, reload):
         """What a scheduler does, so that runs of some twenty steps get through many versions."""
         self.settle()
         self.set_limit(limit=4)
         self.fill()
         self.complete_some(count=count, youngest=youngest)
+        if reload:
+            self.save_and_load()
         if self.model.can_take():
             if not streaming:
                 self.carry_over()

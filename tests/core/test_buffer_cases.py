@@ -338,6 +338,17 @@ def test_a_saved_state_shares_nothing_with_the_buffers():
     assert state == before
 
 
+def test_a_group_that_was_saved_half_scored_is_ready_with_its_last_sibling():
+    loaded = make(limit=3, group_size=2)
+    loaded.load_state_dict(some_state().state_dict())
+    assert (loaded.keys(Status.SCORED), loaded.ready_groups) == ([(0, 1)], 0)
+    complete(loaded, start(loaded))
+    assert loaded.ready_groups == 1
+    again = make(limit=3, group_size=2)
+    again.load_state_dict(loaded.state_dict())
+    assert [group.group_id for group in again.take()] == [0]
+
+
 def test_loading_replaces_what_was_there():
     buffer = some_state()
     state = buffer.state_dict()
