@@ -6,6 +6,9 @@ Runs the scheduler on the simulated engine, one token per chunk, with ever more 
 engine with the same numbers in flight and nobody behind it is run in turns with it, and what it
 takes is subtracted. Times are of the processor, so that other processes matter less; but they do
 matter, and a figure counts only on an idle machine.
+
+Python's collector of cycles is off meanwhile: each pass of it walks all that lives, which is mostly
+the engine's, so that whose time that is cannot be told. ``--collector`` leaves it on.
 """
 
 from __future__ import annotations
@@ -122,7 +125,7 @@ class WithScheduler(Setup):
         yield scheduler.collect()
 
 
-def seconds_per_chunk(in_flight: int, chunks: int, turns: int) -> float:
+def seconds_per_chunk(in_flight: int, chunks: int, turns: int, *, collector: bool) -> float:
     """Of scheduler and buffer, by turns of some steps with the engine alone and with them."""
     alone, scheduled = EngineAlone(in_flight), WithScheduler(in_flight)
     steps = max(1, chunks // in_flight // turns)
@@ -130,7 +133,10 @@ def seconds_per_chunk(in_flight: int, chunks: int, turns: int) -> float:
     for _ in range(turns):
         for setup, cost in costs.items():
             gc.collect()
+            if not collector:
+                gc.disable()
             seconds, made = setup.run(steps)
+            gc.enable()
             cost.append(seconds / made)
     alone.close()
     scheduled.close()
@@ -163,10 +169,11 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
     parser.add_argument("--chunks", type=int, default=1_000_000, help="per line, about")
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--collector", action="store_true", help="leave it on")
     parser.add_argument("--held", type=int, default=1_000_000, help="tokens to hold in memory")
     args = parser.parse_args()
     for in_flight in args.in_flight:
-        seconds = seconds_per_chunk(in_flight, args.chunks, args.turns)
+        seconds = seconds_per_chunk(in_flight, args.chunks, args.turns, collector=args.collector)
         print(f"{in_flight:,} in flight: {1e6 * seconds:.1f} us per chunk", flush=True)
     print(f"{bytes_per_token(-(-args.held // 1000), 1000):.1f} bytes per token held")
 
