@@ -1,9 +1,10 @@
-"""The staleness benchmark: its command lines are understood, and it reports what was logged."""
+"""The benchmarks: their command lines are understood, and they report what was seen."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,14 +14,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def staleness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("staleness", ROOT / "benchmarks" / "staleness.py")
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def staleness() -> ModuleType:
+    return benchmark("staleness")
 
 
 def test_its_runs_are_command_lines_that_parse(
@@ -71,3 +76,18 @@ def test_it_reports_and_draws_what_the_runs_logged(
     assert "0.950 ± 0.071" in printed
     staleness.draw(arms, tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+def test_the_schedulers_benchmark_prints_a_line_for_each_number_in_flight(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--in-flight", "100", "1000", "--chunks", "4000", "--turns", "2", "--held", "2000"]
+    monkeypatch.setattr("sys.argv", ["scheduler.py", *arguments])
+    benchmark("scheduler").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert re.fullmatch(r"100 in flight: -?\d+\.\d us per chunk", lines[0])
+    assert re.fullmatch(r"1,000 in flight: -?\d+\.\d us per chunk", lines[1])
+    held = re.fullmatch(r"(\d+\.\d) bytes per token held", lines[2])
+    assert held is not None
+    assert 8 <= float(held[1]) < 200

@@ -20,7 +20,7 @@ from copris_lightning.datamodules.prompts.stream import PromptStream
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError
 
-LAYOUT = 2
+LAYOUT = 3
 """Of the rollout's state in a checkpoint; another one is refused."""
 
 
@@ -49,7 +49,7 @@ class Continuity:
     def new_buffer(self) -> CarryOverBuffer:
         """An empty buffer for this run."""
         return CarryOverBuffer(
-            cap=self.settings.cap,
+            limit=self.settings.cap,
             group_size=self.settings.group_size,
             batch_groups=self.settings.batch_groups,
             max_new_tokens=self.settings.max_new_tokens,

@@ -39,7 +39,7 @@ def evaluate(
         stream.load_state_dict({"taken": 0})
         scheduler = session.new_scheduler(
             CarryOverBuffer(
-                cap=settings.cap,
+                limit=settings.cap,
                 group_size=settings.val_samples,
                 batch_groups=settings.batch_groups,
                 max_new_tokens=settings.evaluation_tokens,

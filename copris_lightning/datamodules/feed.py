@@ -177,7 +177,7 @@ class TrainingStream:
             ready_groups=min(buffer.ready_groups, buffer.batch_groups),
             batch_groups=buffer.batch_groups,
             in_flight=buffer.in_flight,
-            cap=buffer.cap,
+            cap=buffer.limit,
             tokens=self._stage_tokens,
             seconds=self._stage_now - self._stage_start,
         )
@@ -370,6 +370,7 @@ class TrainingStream:
 
 
 async def _advance(buffer: CarryOverBuffer, version: int) -> None:
+    assert not buffer.in_flight, "a sync between stages finds nothing in flight"
     buffer.advance(version)
 
 

@@ -163,15 +163,17 @@ class RolloutScheduler:
             RolloutError: the prompts are used up before the batch is full, or too many groups in
                 a row were dropped.
         """
+        assert not self.buffer.in_flight, "a stage begins with nothing in flight"
         self.buffer.advance(self.engine.version)
+        self.buffer.settle()
         self._clock = _StageClock(asyncio.get_running_loop().time())
         self._stopping = False
         try:
             self._raise_failure()
-            if not self.buffer.can_deliver():
+            if not self.buffer.can_take():
                 self._score_restored()  # none is still out where nothing is waited for
                 self._fill()
-            while not self.buffer.can_deliver():
+            while not self.buffer.can_take():
                 self._raise_failure()
                 if not self._generating and not self._scoring:
                     raise RolloutError(
@@ -183,7 +185,7 @@ class RolloutScheduler:
             self._raise_failure()
         finally:
             await self._halt()
-        groups = self.buffer.deliver()
+        groups = self.buffer.take()
         self._emit("deliver")
         dropped, self._dropped = self._dropped, 0
         return groups, self._clock.stats(self.buffer, dropped)
@@ -198,7 +200,7 @@ class RolloutScheduler:
     def _fill(self) -> None:
         """Start trajectories until the cap is reached or nothing may be started."""
         while not self._stopping:
-            trajectory = self.buffer.start()
+            trajectory = self.buffer.next()
             if trajectory is not None:
                 key = (trajectory.group_id, trajectory.sample)
                 self._spawn(self._generating, key, self._generate(key, trajectory))
@@ -206,7 +208,7 @@ class RolloutScheduler:
                 self._clock.resent_tokens += length
                 self._emit("resume" if length else "start", key, length)
                 continue
-            if self.buffer.in_flight >= self.buffer.cap or not self.buffer.may_admit():
+            if self.buffer.in_flight >= self.buffer.limit or not self.buffer.may_admit():
                 return
             queued = self.prompts.next()
             if queued is None:
@@ -300,7 +302,7 @@ class RolloutScheduler:
         self._emit("score", key)
         if is_complete:
             self._filter(key)
-        if self.buffer.can_deliver():
+        if self.buffer.can_take():
             self._stopping = True  # nothing is started for a stage that is about to end
 
     def _filter(self, key: Key) -> None:

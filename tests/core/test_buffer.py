@@ -29,22 +29,26 @@ def assert_plain(value):
 class Model:
     """What the buffer should do, by scanning lists; nothing is cached and nothing is fast."""
 
-    def __init__(self, cap, group_size, batch_groups, limit, bound):
-        self.cap, self.group_size, self.batch_groups = cap, group_size, batch_groups
-        self.limit, self.bound = limit, bound
+    def __init__(self, limit, group_size, batch_groups, max_tokens, bound):
+        self.limit, self.group_size, self.batch_groups = limit, group_size, batch_groups
+        self.max_tokens, self.bound = max_tokens, bound
         self.version = 0
         self.admitted = 0
         self.groups = []  # in order of admission
+        self.taken = []  # ids of groups, as are these
         self.delivered, self.evicted = [], []
 
     def rows(self, *states):
         return [t for g in self.groups for t in g["rows"] if t["state"] in states]
 
     def keys(self, *states):
+        if states == ("taken",):
+            return [(group, i) for group in sorted(self.taken) for i in range(self.group_size)]
         return [t["key"] for t in self.rows(*states)]
 
     def may_admit(self):
-        return self.bound is None or len(self.groups) < (self.bound + 1) * self.batch_groups
+        outstanding = len(self.groups) + len(self.taken)
+        return self.bound is None or outstanding < (self.bound + 1) * self.batch_groups
 
     def admit(self):
         group = {"id": self.admitted, "first": None}
@@ -58,9 +62,9 @@ class Model:
     def group_of(self, row):
         return next(g for g in self.groups if row in g["rows"])
 
-    def start(self):
+    def next(self):
         candidates = self.rows("carried_over") or self.rows("waiting")
-        if len(self.rows("in_flight")) == self.cap or not candidates:
+        if len(self.rows("in_flight")) >= self.limit or not candidates:
             return None
         row = candidates[0]
         row["state"] = "in_flight"
@@ -72,16 +76,19 @@ class Model:
     def row(self, key):
         return next(t for g in self.groups for t in g["rows"] if t["key"] == key)
 
-    def append(self, key, tokens, logprobs):
+    def append(self, key, tokens, logprobs, version):
         row = self.row(key)
-        row["tokens"] += [(t, p, self.version) for t, p in zip(tokens, logprobs, strict=True)]
+        row["tokens"] += [(t, p, version) for t, p in zip(tokens, logprobs, strict=True)]
         if row["tokens"] and row["tokens"][-1][0] == STOP:
             self.finish(key, "stop")
-        elif len(row["tokens"]) == self.limit:
+        elif len(row["tokens"]) == self.max_tokens:
             self.finish(key, "length")
 
     def finish(self, key, reason):
         self.row(key).update(state="finished", end=reason)
+
+    def yield_place(self, key):
+        self.row(key)["state"] = "carried_over"
 
     def carry_over(self):
         moved = self.rows("in_flight")
@@ -105,7 +112,7 @@ class Model:
             groups = [g for g in groups if g["rows"][0]["state"] == "ready"]
         return sorted(groups, key=lambda g: (g["first"], g["id"]))
 
-    def can_deliver(self):
+    def can_take(self):
         leaving = self.by_urgency(ready=True)[: self.batch_groups]
         if len(leaving) < self.batch_groups:
             return False
@@ -124,32 +131,36 @@ class Model:
         self.groups.remove(group)
         to.append(group["id"])
 
+    def settle(self):
+        self.delivered += self.taken
+        self.taken = []
+
 
 class BufferMachine(RuleBasedStateMachine):
     """Drives the model, a buffer, and a twin that is saved and loaded now and then."""
 
     @initialize(
-        cap=st.integers(1, 4),
+        limit=st.integers(1, 4),
         group_size=st.sampled_from([1, 1, 2, 3]),
         batch_groups=st.integers(1, 2),
-        limit=st.integers(1, 5),
+        max_tokens=st.integers(1, 5),
         bound=st.sampled_from([None, 0, 1, 1, 2]),
     )
-    def create(self, cap, group_size, batch_groups, limit, bound):
-        self.model = Model(cap, group_size, batch_groups, limit, bound)
+    def create(self, limit, group_size, batch_groups, max_tokens, bound):
+        self.model = Model(limit, group_size, batch_groups, max_tokens, bound)
         self.buffer, self.twin = self.empty(), self.empty()
-        # The bound counts on B deliveries per version, and on nothing started in between.
-        self.delivered_since = bound is None
 
     def empty(self):
-        return CarryOverBuffer(
-            cap=self.model.cap,
+        buffer = CarryOverBuffer(
+            limit=1,
             group_size=self.model.group_size,
             batch_groups=self.model.batch_groups,
-            max_new_tokens=self.model.limit,
+            max_new_tokens=self.model.max_tokens,
             stop_token_ids=[STOP],
             max_staleness=self.model.bound,
         )
+        buffer.limit = self.model.limit
+        return buffer
 
     def both(self, call):
         """The call's result, which must be the same from the buffer and its reloaded twin."""
@@ -178,35 +189,45 @@ class BufferMachine(RuleBasedStateMachine):
         self.model.admit()
 
     @rule(count=st.integers(1, 5))
-    def start(self, count):
+    def next(self, count):
         for _ in range(count):
-            started = self.both(lambda b: b.start())
+            started = self.both(lambda b: b.next())
             key = started and (started.group_id, started.sample)
-            assert key == self.model.start()
-            if key and self.model.bound is not None:
-                self.delivered_since = False
+            assert key == self.model.next()
+
+    @rule(limit=st.integers(0, 4))
+    def set_limit(self, limit):
+        self.model.limit = self.buffer.limit = self.twin.limit = limit
 
     @precondition(lambda self: self.model.rows("in_flight"))
     @rule(data=st.data(), size=st.integers(0, 3), stop=st.booleans())
     def append(self, data, size, stop):
         key = self.any_of(data, "in_flight")
-        size = min(size, self.model.limit - len(self.model.row(key)["tokens"]))
+        version = data.draw(st.integers(self.oldest_possible(key), self.model.version))
+        size = min(size, self.model.max_tokens - len(self.model.row(key)["tokens"]))
         tokens = data.draw(st.lists(st.integers(1, 9), min_size=size, max_size=size))
         logprobs = data.draw(st.lists(st.floats(-9, 0), min_size=size, max_size=size))
         if stop and tokens:
             tokens[-1] = STOP
-        self.both(lambda b: b.append(key, tokens, logprobs, self.model.version))
-        self.model.append(key, tokens, logprobs)
+        self.both(lambda b: b.append(key, tokens, logprobs, version))
+        self.model.append(key, tokens, logprobs, version)
+
+    def oldest_possible(self, key):
+        """The version of a chunk that was made, perhaps, before the last swaps."""
+        row = self.model.row(key)
+        return row["tokens"][-1][2] if row["tokens"] else self.model.group_of(row)["first"]
 
     @precondition(lambda self: self.model.rows("in_flight"))
     @rule(data=st.data())
     def append_what_does_not_fit(self, data):
         key, version = self.any_of(data, "in_flight"), self.model.version
-        over = [3] * (self.model.limit - len(self.model.row(key)["tokens"]) + 1)
+        over = [3] * (self.model.max_tokens - len(self.model.row(key)["tokens"]) + 1)
+        old = self.oldest_possible(key) - 1
         self.refused(ValueError, lambda b: b.append(key, [3], [], version))
         self.refused(ValueError, lambda b: b.append(key, over, [-1.0] * len(over), version))
         self.refused(ValueError, lambda b: b.append(key, [STOP, 3], [-1.0] * 2, version))
         self.refused(ValueError, lambda b: b.append(key, [3], [-1.0], version + 1))
+        self.refused(ValueError, lambda b: b.append(key, [3], [-1.0], old))
 
     @precondition(lambda self: self.model.rows("in_flight"))
     @rule(data=st.data(), reason=st.sampled_from(["stop", "length"]))
@@ -214,6 +235,13 @@ class BufferMachine(RuleBasedStateMachine):
         key = self.any_of(data, "in_flight")
         self.both(lambda b: b.finish(key, reason))
         self.model.finish(key, reason)
+
+    @precondition(lambda self: self.model.rows("in_flight"))
+    @rule(data=st.data())
+    def yield_place(self, data):
+        key = self.any_of(data, "in_flight")
+        self.both(lambda b: b.yield_place(key))
+        self.model.yield_place(key)
 
     @rule()
     def carry_over(self):
@@ -229,21 +257,36 @@ class BufferMachine(RuleBasedStateMachine):
     def complete_some(self, count, youngest):
         for key in sorted(self.model.keys("in_flight"), reverse=youngest)[:count]:
             self.both(lambda b, key=key: b.append(key, [STOP], [-0.5], self.model.version))
-            self.model.append(key, [STOP], [-0.5])
+            self.model.append(key, [STOP], [-0.5], self.model.version)
         for key in self.model.keys("finished"):
             assert self.both(lambda b, key=key: b.score(key, 1.0)) == self.model.score(key, 1.0)
 
-    @rule(count=st.integers(1, 4), youngest=st.booleans())
-    def run_a_stage(self, count, youngest):
+    @rule(
+        count=st.integers(1, 4),
+        youngest=st.booleans(),
+        streaming=st.booleans(),
+        reload=st.booleans(),
+    )
+    def run_a_batch(self, count, youngest, streaming, reload):
         """What a scheduler does, so that runs of some twenty steps get through many versions."""
-        while self.model.may_admit() and len(self.model.groups) < 4:
-            self.admit()
-        self.start(count=4)
+        self.settle()
+        self.set_limit(limit=4)
+        self.fill()
         self.complete_some(count=count, youngest=youngest)
-        if self.model.can_deliver():
-            self.carry_over()
-            self.deliver()
+        if reload:
+            self.save_and_load()
+        if self.model.can_take():
+            if not streaming:
+                self.carry_over()
+            self.take()
+            if streaming:
+                self.fill()
             self.advance()
+
+    def fill(self):
+        while self.model.may_admit() and len(self.model.groups) < 5:
+            self.admit()
+        self.next(count=4)
 
     @precondition(lambda self: self.model.rows("ready"))
     @rule(data=st.data())
@@ -253,32 +296,37 @@ class BufferMachine(RuleBasedStateMachine):
         self.model.remove(group, self.model.evicted)
 
     @rule()
-    def deliver(self):
+    def settle(self):
+        self.both(lambda b: b.settle())
+        self.model.settle()
+
+    @rule()
+    def take(self):
         ready = self.model.by_urgency(ready=True)[: self.model.batch_groups]
         if len(ready) < self.model.batch_groups:
-            self.refused(ValueError, lambda b: b.deliver())
-        elif self.model.can_deliver():
-            delivered = self.both(lambda b: b.deliver())
-            for actual, group in zip(delivered, ready, strict=True):
+            self.refused(ValueError, lambda b: b.take())
+        elif self.model.can_take():
+            self.model.settle()
+            taken = self.both(lambda b: b.take())
+            for actual, group in zip(taken, ready, strict=True):
                 self.check_group(actual, group)
                 assert all(t.reward is not None and t.finish_reason for t in actual.trajectories)
                 if self.model.bound is not None:
                     versions = [v for t in actual.trajectories for v in t.versions]
                     assert all(self.model.version - v <= self.model.bound for v in versions)
-                self.model.remove(group, self.model.delivered)
-            self.delivered_since = True
+                self.model.remove(group, self.model.taken)
 
     @rule()
     def advance(self):
         version = self.model.version
+        self.both(lambda b: b.advance(version))
         if version:
             self.refused(ValueError, lambda b: b.advance(version - 1))
-        if self.model.rows("in_flight"):
-            self.refused(ValueError, lambda b: b.advance(version + 1))
-        elif self.delivered_since:
+        # The bound counts on a batch per version; whatever was started since it was taken.
+        if self.model.taken or self.model.bound is None:
             self.both(lambda b: b.advance(version + 1))
             self.model.version += 1
-            self.delivered_since = self.model.bound is None
+            self.model.settle()
 
     @rule()
     def save_and_load(self):
@@ -305,7 +353,7 @@ class BufferMachine(RuleBasedStateMachine):
         fields = (actual.response_token_ids, actual.behavior_logprobs("engine"), actual.versions)
         assert list(zip(*fields, strict=True)) == row["tokens"]
         assert actual.versions == sorted(actual.versions)
-        assert actual.response_length <= self.model.limit
+        assert actual.response_length <= self.model.max_tokens
 
     @invariant()
     def equals_the_model(self):
@@ -316,7 +364,7 @@ class BufferMachine(RuleBasedStateMachine):
                     assert buffer.count(status) == len(buffer.keys(status))
             assert buffer.version == self.model.version
             assert buffer.may_admit() == self.model.may_admit()
-            assert buffer.can_deliver() == self.model.can_deliver()
+            assert buffer.can_take() == self.model.can_take()
             assert buffer.ready_groups * self.model.group_size == len(self.model.rows("ready"))
             for group in self.model.groups:
                 self.check_group(buffer.group(group["id"]), group)
@@ -330,8 +378,9 @@ class BufferMachine(RuleBasedStateMachine):
             assert buffer.admitted == sum(buffer.count(status) for status in Status)
             assert buffer.count(Status.DELIVERED) == len(self.model.delivered) * size
             assert buffer.count(Status.EVICTED) == len(self.model.evicted) * size
-            assert buffer.in_flight == buffer.count(Status.IN_FLIGHT) <= self.model.cap
-        gone = self.model.delivered + self.model.evicted
+            assert buffer.in_flight == buffer.count(Status.IN_FLIGHT)
+            assert buffer.count(Status.TAKEN) == len(self.model.taken) * size
+        gone = self.model.taken + self.model.delivered + self.model.evicted
         here = [g["id"] for g in self.model.groups]
         assert sorted(gone + here) == list(range(self.model.admitted))
 
@@ -341,7 +390,7 @@ class BufferMachine(RuleBasedStateMachine):
         if len(urgent) == self.model.batch_groups and all(
             row["state"] == "ready" for group in urgent for row in group["rows"]
         ):
-            assert self.buffer.can_deliver()
+            assert self.buffer.can_take()
 
 
 BufferMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)

@@ -207,7 +207,7 @@ def test_in_flight_equals_the_cap_on_the_real_engine(
         tiny_checkpoint,
         temperature=1.0,
         events=events,
-        cap=12,
+        limit=12,
         group_size=2,
         batch_groups=4,
     )
@@ -230,7 +230,13 @@ def test_greedy_decoding_cut_anywhere_equals_uncut(synced: Running, tiny_checkpo
     engine, call = synced
     events: list[Event] = []
     scheduler = new_scheduler(
-        engine, tiny_checkpoint, temperature=0.0, events=events, cap=8, group_size=1, batch_groups=8
+        engine,
+        tiny_checkpoint,
+        temperature=0.0,
+        events=events,
+        limit=8,
+        group_size=1,
+        batch_groups=8,
     )
     rng = random.Random(0)
 

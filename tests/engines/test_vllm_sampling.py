@@ -96,7 +96,7 @@ def test_a_stop_string_ends_responses_over_resumes_and_nothing_runs_on(
     scheduler = RolloutScheduler(
         engine=engine,
         buffer=CarryOverBuffer(
-            cap=12, group_size=2, batch_groups=3, max_new_tokens=100, stop_token_ids=[STOP]
+            limit=12, group_size=2, batch_groups=3, max_new_tokens=100, stop_token_ids=[STOP]
         ),
         prompts=PromptStream(
             SomePrompts(), PromptEncoder(tokenizer, max_prompt_tokens=32, key="prompts")

@@ -103,4 +103,4 @@ def test_the_group_that_is_one_too_many_is_not_delivered(rollout):
     one.scheduler._accept = ZeroVarianceFilter(5, "constant_reward")
     with pytest.raises(RolloutError, match="6 groups in a row"):
         one.collect()
-    assert one.buffer.ready_groups == one.buffer.count(Status.DELIVERED) == 0
+    assert one.buffer.ready_groups == one.buffer.count(Status.TAKEN) == 0

@@ -34,15 +34,15 @@ def watch_cap(run):
     def look(event):
         nonlocal filling
         buffer = run.buffer
-        assert event.in_flight == buffer.in_flight <= buffer.cap
+        assert event.in_flight == buffer.in_flight <= buffer.limit
         if event.kind in ("start", "resume") and filling:
             return
         filling = event.kind == "deliver"
-        if event.kind in ("deliver", "carry_over") or buffer.can_deliver():
+        if event.kind in ("deliver", "carry_over") or buffer.can_take():
             return
         queued = buffer.count(Status.WAITING) + buffer.count(Status.CARRIED_OVER)
         left = run.prompts.limit is None or run.prompts.taken < run.prompts.limit
-        if buffer.in_flight < buffer.cap and (queued or (left and buffer.may_admit())):
+        if buffer.in_flight < buffer.limit and (queued or (left and buffer.may_admit())):
             idle.append(event)
 
     run.watchers.append(look)
@@ -89,7 +89,7 @@ def test_the_stage_ends_the_moment_the_batch_is_ready(rollout):
     ready_since = []
 
     def look(event):
-        if event.kind == "score" and run.buffer.can_deliver():
+        if event.kind == "score" and run.buffer.can_take():
             ready_since.append(event.time)
 
     run.watchers.append(look)
@@ -114,7 +114,7 @@ def test_nothing_is_started_for_a_stage_that_is_about_to_end(rollout):
     late = []
 
     def look(event):
-        if event.kind in ("start", "resume") and run.buffer.can_deliver():
+        if event.kind in ("start", "resume") and run.buffer.can_take():
             late.append(event)
 
     run.watchers.append(look)
@@ -154,7 +154,7 @@ def test_what_was_carried_over_is_resumed_first_and_oldest_first(rollout):
     for _ in range(25):
         carried = run.buffer.keys(Status.CARRIED_OVER)
         lengths = [run.buffer.trajectory(key).response_length for key in carried]
-        assert run.buffer.can_deliver() or carried
+        assert run.buffer.can_take() or carried
         run.events.clear()
         _, stats = run.collect()
         started = run.of_kind("start", "resume")

@@ -73,7 +73,7 @@ def coarse_rollout(rollout: Any, size: int, **settings: Any) -> Any:
     run.run(engine.start(EngineSpec("none", 12, 60, VOCAB)))
     run.watchers.append(
         # A finished response's place is taken before the engine has been told to end it.
-        lambda event: assert_at_most(len(engine._active), run.buffer.cap + 1)
+        lambda event: assert_at_most(len(engine._active), run.buffer.limit + 1)
     )
     return run
 

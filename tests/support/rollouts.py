@@ -102,7 +102,7 @@ class Rollout:
         self.watchers: list[Callable[[Event], None]] = []
         self.groups: list[PromptGroup] = []
         self.buffer = CarryOverBuffer(
-            cap=cap,
+            limit=cap,
             group_size=group_size,
             batch_groups=batch_groups,
             max_new_tokens=max_new_tokens,

@@ -1,0 +1,182 @@
+"""What the scheduler and the buffer cost per chunk, and what a token takes in memory.
+
+    python benchmarks/scheduler.py
+
+Runs the scheduler on the simulated engine, one token per chunk, with ever more in flight. The same
+engine with the same numbers in flight and nobody behind it is run in turns with it, and what it
+takes is subtracted. Times are of the processor, so that other processes matter less; but they do
+matter, and a figure counts only on an idle machine.
+
+Python's collector of cycles is off meanwhile: each pass of it walks all that lives, which is mostly
+the engine's, so that whose time that is cannot be told. ``--collector`` leaves it on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import itertools
+import time
+import tracemalloc
+from collections.abc import Coroutine, Iterator
+from typing import Any
+
+from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.engines.engine import Decoding, EngineSpec, GenerationRequest
+from copris_lightning.engines.simulated import LengthModel, SimulatedEngine, StepTime
+from copris_lightning.rollout.rewards import Prompt
+from copris_lightning.rollout.scheduler import QueuedPrompt, RolloutScheduler, trajectory_seed
+
+STOP = 0
+VOCAB = 100_000
+MAX_TOKENS = 1000
+LENGTHS = LengthModel(median=40.0, sigma=0.0)
+"""Geometric: as many responses end in the first step as in the last."""
+PROMPT = tuple(range(1, 17))
+GROUP = 8
+NEVER = 10**9
+"""Groups in a batch that no stage here will fill."""
+
+
+class Prompts:
+    """The same one without end."""
+
+    def __init__(self) -> None:
+        self.taken = itertools.count()
+
+    def next(self) -> QueuedPrompt:
+        index = next(self.taken)
+        return QueuedPrompt(Prompt(f"p{index}", text=""), index, PROMPT)
+
+    def prompt(self, index: int) -> Prompt:
+        return Prompt(f"p{index}", text="")
+
+
+async def reward(response: str, prompt: Prompt) -> float:
+    return 1.0
+
+
+class Setup:
+    """An engine that makes a token per trajectory and virtual second, and who asks for them."""
+
+    def __init__(self, in_flight: int) -> None:
+        self.in_flight = in_flight
+        self.engine = SimulatedEngine(LENGTHS, StepTime(1.0, 0.0))
+        self.loop = self.engine.new_event_loop()
+        spec = EngineSpec("none", in_flight, len(PROMPT) + MAX_TOKENS, VOCAB)
+        self.loop.run_until_complete(self.engine.start(spec))
+        self._work = [self.loop.create_task(work) for work in self.consumers()]
+        self.run(2)
+
+    def consumers(self) -> Iterator[Coroutine[Any, Any, Any]]:
+        raise NotImplementedError
+
+    def run(self, steps: int) -> tuple[float, int]:
+        """Seconds that so many decoding steps took, and the chunks that they brought."""
+        before = self.engine.tokens_made
+        started = time.process_time()
+        self.loop.run_until_complete(asyncio.sleep(steps))
+        return time.process_time() - started, self.engine.tokens_made - before
+
+    def close(self) -> None:
+        for task in self._work:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.wait(self._work))
+        self.loop.run_until_complete(self.engine.close())
+        self.loop.close()
+
+
+class EngineAlone(Setup):
+    """As many requests as are to be in flight; one that ends is followed by another."""
+
+    def consumers(self) -> Iterator[Coroutine[Any, Any, Any]]:
+        numbers = itertools.count()
+        return (self._consume(numbers) for _ in range(self.in_flight))
+
+    async def _consume(self, numbers: Iterator[int]) -> None:
+        decoding = Decoding(stop_token_ids=(STOP,))
+        for number in numbers:
+            seed = trajectory_seed(0, *divmod(number, GROUP))
+            request = GenerationRequest(str(number), PROMPT, MAX_TOKENS, decoding, seed)
+            async for _ in self.engine.generate(request):
+                pass
+
+
+class WithScheduler(Setup):
+    """One stage that goes on and on. Its groups are dropped, so that no more and more are held."""
+
+    def consumers(self) -> Iterator[Coroutine[Any, Any, Any]]:
+        scheduler = RolloutScheduler(
+            engine=self.engine,
+            buffer=CarryOverBuffer(
+                limit=self.in_flight,
+                group_size=GROUP,
+                batch_groups=NEVER,
+                max_new_tokens=MAX_TOKENS,
+                stop_token_ids=(STOP,),
+                max_staleness=1,
+            ),
+            prompts=Prompts(),
+            scorer=reward,
+            decode=lambda token_ids: "",
+            accept=lambda group: False,
+        )
+        yield scheduler.collect()
+
+
+def seconds_per_chunk(in_flight: int, chunks: int, turns: int, *, collector: bool) -> float:
+    """Of scheduler and buffer, by turns of some steps with the engine alone and with them."""
+    alone, scheduled = EngineAlone(in_flight), WithScheduler(in_flight)
+    steps = max(1, chunks // in_flight // turns)
+    costs = {alone: [], scheduled: []}
+    for _ in range(turns):
+        for setup, cost in costs.items():
+            gc.collect()
+            if not collector:
+                gc.disable()
+            seconds, made = setup.run(steps)
+            gc.enable()
+            cost.append(seconds / made)
+    alone.close()
+    scheduled.close()
+    return sum(costs[scheduled]) / turns - sum(costs[alone]) / turns
+
+
+def bytes_per_token(trajectories: int, length: int) -> float:
+    """Of unfinished responses with the engine's log-probs and the trainer's, chunk by chunk."""
+    buffer = CarryOverBuffer(
+        limit=trajectories, group_size=1, batch_groups=1, max_new_tokens=length + 1
+    )
+    tracemalloc.start()
+    for index in range(trajectories):
+        buffer.admit(f"p{index}", index, PROMPT)
+        started = buffer.next()
+        assert started is not None
+        for i in range(length):
+            buffer.append((index, 0), [VOCAB - i], [-i / 7], 0)
+        started.set_trainer_logprobs([-i / 3 for i in range(length)])
+    gc.collect()
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return held / (trajectories * length)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--in-flight", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
+    parser.add_argument("--chunks", type=int, default=1_000_000, help="per line, about")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--collector", action="store_true", help="leave it on")
+    parser.add_argument("--held", type=int, default=1_000_000, help="tokens to hold in memory")
+    args = parser.parse_args()
+    for in_flight in args.in_flight:
+        seconds = seconds_per_chunk(in_flight, args.chunks, args.turns, collector=args.collector)
+        print(f"{in_flight:,} in flight: {1e6 * seconds:.1f} us per chunk", flush=True)
+    print(f"{bytes_per_token(-(-args.held // 1000), 1000):.1f} bytes per token held")
+
+
+if __name__ == "__main__":
+    main()
