@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from copris_lightning.datamodules.checkpoint_file import check_file, read
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.keys import SHORT, refusals, with_keys, without_short_names
 from copris_lightning.parsing import (
     CoprisParser,
     check_files,
@@ -27,7 +28,9 @@ from copris_lightning.runs.resume import NothingToTrain, begin
 _EPILOG = (
     "`copris serve --help` is about vLLM servers for rollouts. Of each command, `--ckpt_path last` "
     "is the newest checkpoint of the newest run under the logger's name, and an error if there is "
-    "none; `auto` starts a new run then."
+    "none; `auto` starts a new run then. Short names of what is changed often: "
+    + ", ".join(f"--{name} is --{key}" for name, key in SHORT.items())
+    + "."
 )
 
 
@@ -37,12 +40,17 @@ class CoprisCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The engine boots with the checkpoint that the module trains; one seed for everything."""
         parser.link_arguments("model.init_args.model", "data.init_args.model")
-        code = "init_args.trust_remote_code"
-        parser.link_arguments(f"model.{code}", f"data.{code}")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
+    def before_instantiate_classes(self) -> None:
+        """Errors of objects shall name them."""
+        if isinstance(self.parser, CoprisParser):
+            self.parser.name_refusals()
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Name what Lightning refuses."""
+        """Name what a module, a data module, a callback or Lightning refuses."""
+        for _, refused in refusals(self.config_init):
+            raise refused.error
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, MemoryError) as error:
@@ -112,7 +120,8 @@ def main(args: Sequence[str] | None = None) -> int:
     where it came from.
     """
     try:
-        check_files(sys.argv[1:] if args is None else args)
+        args = without_short_names(sys.argv[1:] if args is None else args)
+        check_files(args)
         refuse_doubled_keys()
         CoprisCLI(
             CoprisModule,
@@ -127,12 +136,12 @@ def main(args: Sequence[str] | None = None) -> int:
             seed_everything_default=0,
             # The module takes optimizer and schedule itself, and steps the schedule per step.
             auto_configure_optimizers=False,
-            args=list(args) if args is not None else None,
+            args=args,
         )
     except ValueError as error:
         found = configuration_error(error)
         if found is None:
             raise
-        print(f"copris: {found}", file=sys.stderr)
+        print(f"copris: {with_keys(str(found))}", file=sys.stderr)
         return 2
     return 0

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from copris_lightning.core.batching import collate
 from copris_lightning.core.estimator.advantage import grpo
 from copris_lightning.core.estimator.corrections import LagRejection, Masking, Truncation
-from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.losses import CispoLoss, ClippedPolicyLoss, ReinforceLoss
 from copris_lightning.core.estimator.normalization import NORMALIZATIONS, UpdateTotals
 from copris_lightning.core.estimator.penalties import KLPenalty
@@ -232,7 +232,7 @@ def oracle(estimator, advantage, row):
 
 
 ESTIMATORS = st.builds(
-    PolicyGradient,
+    Estimator,
     loss=st.sampled_from(LOSSES),
     ratio=st.sampled_from(RATIOS),
     corrections=st.lists(st.sampled_from(CORRECTIONS), unique_by=lambda c: c.name, max_size=3),
@@ -264,7 +264,7 @@ def test_every_loss_over_every_ratio_follows_the_formula(loss, ratio):
         "entropy_coefficient": 0.1,
     }
     for seed, extra in enumerate([{}, everything]):
-        estimator = PolicyGradient(loss, ratio, **extra)
+        estimator = Estimator(loss, ratio, **extra)
         assert_follows(estimator, fixed_rows(3, 5, seed=seed))
 
 
@@ -275,7 +275,7 @@ def test_autograd_agrees_with_finite_differences(loss, ratio, kl):
     """Where the weights do not depend on the current policy, so that nothing is detached."""
     rows = fixed_rows(2, 4)
     corrections = [Truncation(5.0), Masking(0.1, None, "policy", "sequence"), LagRejection(1)]
-    estimator = PolicyGradient(loss, ratio, corrections, KLPenalty(0.5, kl), 0.3)
+    estimator = Estimator(loss, ratio, corrections, KLPenalty(0.5, kl), 0.3)
     terms = terms_of(rows)
     assert torch.autograd.gradcheck(
         lambda p, h: estimator(terms_of(rows, logprobs=p, entropy=h)).loss,
@@ -291,7 +291,7 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient(loss, ratio):
     """-A for each token that counts; the product over a sequence moves with each of its n."""
     rows = fixed_rows(3, 4, on_policy=True)
     terms = terms_of(rows)
-    estimate, gradient, _ = gradients(PolicyGradient(loss, ratio), terms)
+    estimate, gradient, _ = gradients(Estimator(loss, ratio), terms)
     expected = torch.where(terms.mask, -terms.advantages, 0.0)
     if isinstance(loss, ClippedPolicyLoss) and ratio == SequenceRatio(length_normalized=False):
         expected = expected * terms.mask.sum(dim=1, keepdim=True)
@@ -308,7 +308,7 @@ def test_at_the_proximal_policy_the_decoupled_gradient_is_weighted_by_its_stalen
     proximal = terms.logprobs.detach()
     weight = (proximal - terms.behavior_logprobs).exp().clamp(max=1.05)
     terms = replace(terms, proximal_logprobs=proximal)
-    _, gradient, _ = gradients(PolicyGradient(loss, DecoupledRatio("recompute", 1.05)), terms)
+    _, gradient, _ = gradients(Estimator(loss, DecoupledRatio("recompute", 1.05)), terms)
     expected = torch.where(terms.mask, -weight * terms.advantages, 0.0)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
 
@@ -353,7 +353,7 @@ def test_with_one_version_per_trajectory_copris_is_grpo(data):
     batch = collate(group, source="engine", policy_version=9, totals=totals)
     width = max(lengths)
     logprobs = tensor([new + [0.0] * (width - len(new)) for new in news])
-    estimator = PolicyGradient(
+    estimator = Estimator(
         ClippedPolicyLoss(0.2, 0.2, None), kl=KLPenalty(coefficient=0.04, estimator="k3")
     )
     reference = torch.full_like(logprobs, -1.0)
@@ -460,7 +460,7 @@ def test_nothing_outside_the_mask_is_ever_looked_at(estimator, rows, value):
 def test_every_combination_ignores_what_is_masked(loss, ratio):
     rows = fixed_rows(2, 4)
     rows[0][1][1]["mask"] = False
-    estimator = PolicyGradient(loss, ratio)
+    estimator = Estimator(loss, ratio)
     quiet, quiet_gradient, _ = gradients(estimator, terms_of(rows))
     for value in LOUD:
         for token in (token for _, row in rows for token in row if not token["mask"]):
@@ -478,8 +478,8 @@ def test_corrections_that_only_measure_leave_the_loss_exactly_as_it_is(loss, rat
         Masking(1.0, 1.0, reweigh=True, apply=False),
         LagRejection(0, apply=False),
     ]
-    plain, plain_gradient, _ = gradients(PolicyGradient(loss, ratio), terms)
-    with_metrics, gradient, _ = gradients(PolicyGradient(loss, ratio, measured), terms)
+    plain, plain_gradient, _ = gradients(Estimator(loss, ratio), terms)
+    with_metrics, gradient, _ = gradients(Estimator(loss, ratio, measured), terms)
     assert torch.equal(with_metrics.loss, plain.loss)
     assert torch.equal(gradient, plain_gradient)
     own = ["decoupled"] if isinstance(ratio, DecoupledRatio) else []
@@ -494,8 +494,8 @@ def test_corrections_that_only_measure_leave_the_loss_exactly_as_it_is(loss, rat
 @COMBINATIONS
 def test_truncation_out_of_reach_multiplies_by_the_plain_mismatch_ratio(loss, ratio):
     terms = terms_of(fixed_rows(3, 4))
-    plain, plain_gradient, _ = gradients(PolicyGradient(loss, ratio), terms)
-    estimate, gradient, _ = gradients(PolicyGradient(loss, ratio, [Truncation(1e9)]), terms)
+    plain, plain_gradient, _ = gradients(Estimator(loss, ratio), terms)
+    estimate, gradient, _ = gradients(Estimator(loss, ratio, [Truncation(1e9)]), terms)
     weight = terms.mismatch.exp()
     if not isinstance(ratio, SequenceRatio):  # there a token moves the loss of its neighbours
         torch.testing.assert_close(gradient, weight * plain_gradient)
@@ -508,8 +508,8 @@ def test_mismatch_times_policy_ratio_is_the_ratio_to_the_engine():
     trainer = terms_of(rows)
     engine = replace(trainer, behavior_logprobs=trainer.behavior_logprobs - trainer.mismatch)
     loss = ReinforceLoss(None)
-    two, gradient, _ = gradients(PolicyGradient(loss, corrections=[Truncation(1e9)]), trainer)
-    one, expected, _ = gradients(PolicyGradient(loss), engine)
+    two, gradient, _ = gradients(Estimator(loss, corrections=[Truncation(1e9)]), trainer)
+    one, expected, _ = gradients(Estimator(loss), engine)
     torch.testing.assert_close(two.loss, one.loss)
     torch.testing.assert_close(gradient, expected)
 
@@ -518,8 +518,8 @@ def test_mismatch_times_policy_ratio_is_the_ratio_to_the_engine():
 @pytest.mark.parametrize("length_normalized", [True, False])
 def test_the_sequence_ratio_of_single_tokens_is_the_token_ratio(loss, length_normalized):
     rows = fixed_rows(3, 1)
-    ours = gradients(PolicyGradient(loss, SequenceRatio(length_normalized)), terms_of(rows))
-    theirs = gradients(PolicyGradient(loss, TokenRatio()), terms_of(rows))
+    ours = gradients(Estimator(loss, SequenceRatio(length_normalized)), terms_of(rows))
+    theirs = gradients(Estimator(loss, TokenRatio()), terms_of(rows))
     assert torch.equal(ours[0].loss, theirs[0].loss)
     assert torch.equal(ours[1], theirs[1])
 
@@ -527,7 +527,7 @@ def test_the_sequence_ratio_of_single_tokens_is_the_token_ratio(loss, length_nor
 @settings(max_examples=40, deadline=None)
 @given(rows(), st.sampled_from(LOSSES))
 def test_without_correction_the_behaviour_has_no_influence(rows, loss):
-    estimator = PolicyGradient(loss, UncorrectedRatio())
+    estimator = Estimator(loss, UncorrectedRatio())
     terms = terms_of(rows)
     estimate, gradient, _ = gradients(estimator, terms)
     assert torch.equal(gradient, torch.where(terms.mask, -terms.advantages, 0.0))
@@ -539,7 +539,7 @@ def test_without_correction_the_behaviour_has_no_influence(rows, loss):
 @pytest.mark.parametrize("ratio", RATIOS, ids=repr)
 def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(normalization, ratio):
     """Although a correction leaves tokens out, and a trajectory is left out altogether."""
-    estimator = PolicyGradient(
+    estimator = Estimator(
         ratio=ratio,
         corrections=[Masking(0.95, 1.1), LagRejection(1)],
         kl=KLPenalty(0.1),
@@ -572,8 +572,8 @@ def test_what_a_correction_leaves_out_changes_nothing_elsewhere():
     rows = fixed_rows(2, 4)
     terms = terms_of(rows)
     kept = terms.lags <= 1
-    plain, plain_gradient, _ = gradients(PolicyGradient(), terms)
-    some, gradient, _ = gradients(PolicyGradient(corrections=[LagRejection(1)]), terms)
+    plain, plain_gradient, _ = gradients(Estimator(), terms)
+    some, gradient, _ = gradients(Estimator(corrections=[LagRejection(1)]), terms)
     assert (plain.loss != 0)[terms.mask].all()
     assert torch.equal(some.loss, torch.where(kept, plain.loss, 0.0))
     assert torch.equal(gradient, torch.where(kept, plain_gradient, 0.0))
@@ -609,7 +609,7 @@ def test_the_product_over_a_sequence_has_an_unbiased_policy_gradient(loss, norma
             torch.ones(size, dtype=torch.bool),
             torch.zeros(size, dtype=torch.long),
         )
-        estimate = PolicyGradient(loss, SequenceRatio(length_normalized=False))(terms)
+        estimate = Estimator(loss, SequenceRatio(length_normalized=False))(terms)
         weight = NORMALIZATIONS[normalization](tensor([len(response)]), UpdateTotals(1, 1, 2))
         estimated = estimated + behavior.sum().exp() * weight * estimate.loss.sum()
     (wanted,) = torch.autograd.grad(value, theta, retain_graph=True)
@@ -625,7 +625,7 @@ def test_everything_reported_is_detached_and_of_the_batchs_shape():
     terms = terms_of(rows)
     terms.behavior_logprobs.requires_grad_()
     for ratio in RATIOS:
-        estimator = PolicyGradient(LOSSES[0], ratio, CORRECTIONS, KLPenalty(), 0.1)
+        estimator = Estimator(LOSSES[0], ratio, CORRECTIONS, KLPenalty(), 0.1)
         estimate = estimator(terms)
         for field in fields(estimate):
             values = getattr(estimate, field.name)
@@ -637,7 +637,7 @@ def test_everything_reported_is_detached_and_of_the_batchs_shape():
 @settings(max_examples=40, deadline=None)
 @given(rows(), st.sampled_from(RATIOS))
 def test_the_figures_are_those_of_the_tokens_that_count(rows, ratio):
-    estimator = PolicyGradient(ratio=ratio, kl=KLPenalty(0.1, "k2"))
+    estimator = Estimator(ratio=ratio, kl=KLPenalty(0.1, "k2"))
     estimate = estimator(terms_of(rows))
     for i, (advantage, row) in enumerate(rows):
         counting = [t for t, token in enumerate(row) if token["mask"]]
@@ -673,7 +673,7 @@ def test_no_flag_is_raised_outside_the_mask(loss, ratio):
     for i, (_, row) in enumerate(rows):
         for token in row:
             token["logprobs"] = token["behavior_logprobs"] + (-3.0 if i % 4 < 2 else 4.0)
-    estimate = PolicyGradient(loss, ratio)(terms_of(rows))
+    estimate = Estimator(loss, ratio)(terms_of(rows))
     for flag in (estimate.clipped_low, estimate.clipped_high):
         assert not flag[~estimate.mask].any()
     bounded = (ClippedPolicyLoss, CispoLoss)
@@ -689,7 +689,7 @@ def test_what_was_not_given_is_not_reported():
         proximal_logprobs=None,
         reference_logprobs=None,
     )
-    estimate = PolicyGradient()(terms)
+    estimate = Estimator()(terms)
     assert estimate.mismatch is estimate.mismatch_kl is None
     assert estimate.reference_kl is estimate.entropy is None
     assert estimate.corrections == {}
@@ -698,10 +698,10 @@ def test_what_was_not_given_is_not_reported():
 @pytest.mark.parametrize(
     ("estimator", "missing", "message"),
     [
-        (PolicyGradient(kl=KLPenalty()), "reference_logprobs", "no reference log-probs"),
-        (PolicyGradient(entropy_coefficient=0.1), "entropy", "entropy was not computed"),
-        (PolicyGradient(ratio=DecoupledRatio()), "proximal_logprobs", "not recomputed"),
-        (PolicyGradient(corrections=[Truncation()]), "mismatch", "not at hand"),
+        (Estimator(kl=KLPenalty()), "reference_logprobs", "no reference log-probs"),
+        (Estimator(entropy_coefficient=0.1), "entropy", "entropy was not computed"),
+        (Estimator(ratio=DecoupledRatio()), "proximal_logprobs", "not recomputed"),
+        (Estimator(corrections=[Truncation()]), "mismatch", "not at hand"),
     ],
 )
 def test_what_is_needed_and_missing_is_named(estimator, missing, message):
@@ -711,23 +711,23 @@ def test_what_is_needed_and_missing_is_named(estimator, missing, message):
 
 def test_an_entropy_without_a_coefficient_is_reported_and_pulls_nowhere():
     terms = terms_of(fixed_rows())
-    estimate, _, by_entropy = gradients(PolicyGradient(), terms)
+    estimate, _, by_entropy = gradients(Estimator(), terms)
     assert torch.equal(estimate.entropy, torch.where(terms.mask, terms.entropy, 0.0))
     assert not by_entropy.any()
 
 
 def test_an_estimator_knows_what_it_needs():
-    assert not PolicyGradient().needs_mismatch
-    assert not PolicyGradient().needs_proximal
-    assert PolicyGradient(ratio=DecoupledRatio()).needs_proximal
-    assert not PolicyGradient(ratio=DecoupledRatio("loglinear")).needs_proximal
+    assert not Estimator().needs_mismatch
+    assert not Estimator().needs_proximal
+    assert Estimator(ratio=DecoupledRatio()).needs_proximal
+    assert not Estimator(ratio=DecoupledRatio("loglinear")).needs_proximal
     policy = Masking(ratio="policy")
-    assert not PolicyGradient(corrections=[policy, LagRejection()]).needs_mismatch
-    assert PolicyGradient(corrections=[policy, Truncation(apply=False)]).needs_mismatch
+    assert not Estimator(corrections=[policy, LagRejection()]).needs_mismatch
+    assert Estimator(corrections=[policy, Truncation(apply=False)]).needs_mismatch
 
 
 def test_by_default_it_is_copris():
-    assert PolicyGradient() == PolicyGradient(ClippedPolicyLoss(0.2, 0.28, 10.0), TokenRatio())
+    assert Estimator() == Estimator(ClippedPolicyLoss(0.2, 0.28, 10.0), TokenRatio())
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan])
@@ -735,7 +735,7 @@ def test_a_negative_entropy_coefficient_is_refused(value):
     with pytest.raises(
         ValueError, match=f"entropy_coefficient={value} must be a number of at least 0"
     ):
-        PolicyGradient(entropy_coefficient=value)
+        Estimator(entropy_coefficient=value)
 
 
 @pytest.mark.parametrize(
@@ -748,16 +748,16 @@ def test_a_negative_entropy_coefficient_is_refused(value):
 )
 def test_a_correction_listed_twice_is_refused(pair):
     with pytest.raises(ValueError, match=f"{pair[0].name} is listed twice"):
-        PolicyGradient(corrections=pair)
+        Estimator(corrections=pair)
 
 
 def test_the_mismatch_ratio_is_multiplied_only_once():
     twice = [Truncation(), Masking(reweigh=True)]
     names = "truncation_token and masking_mismatch_token would multiply"
     with pytest.raises(ValueError, match=names):
-        PolicyGradient(corrections=twice)
+        Estimator(corrections=twice)
     with pytest.raises(ValueError, match="truncation_sequence and truncation_token"):
-        PolicyGradient(corrections=[Truncation(level="sequence"), Truncation()])
-    PolicyGradient(corrections=[Truncation(apply=False), Masking(reweigh=True)])
-    PolicyGradient(corrections=[Truncation(), Masking(reweigh=True, apply=False)])
-    PolicyGradient(corrections=[Truncation(), Masking(reweigh=False), LagRejection()])
+        Estimator(corrections=[Truncation(level="sequence"), Truncation()])
+    Estimator(corrections=[Truncation(apply=False), Masking(reweigh=True)])
+    Estimator(corrections=[Truncation(), Masking(reweigh=True, apply=False)])
+    Estimator(corrections=[Truncation(), Masking(reweigh=False), LagRejection()])
