@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from copris_lightning.datamodules.checkpoint_file import check_file, read
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.keys import SHORT, refusals, with_keys, without_short_names
+from copris_lightning.overlays import with_all_evaluations
 from copris_lightning.parsing import (
     CoprisParser,
     check_files,
@@ -28,9 +29,11 @@ from copris_lightning.runs.resume import NothingToTrain, begin
 _EPILOG = (
     "`copris serve --help` is about vLLM servers for rollouts. Of each command, `--ckpt_path last` "
     "is the newest checkpoint of the newest run under the logger's name, and an error if there is "
-    "none; `auto` starts a new run then. Short names of what is changed often: "
-    + ", ".join(f"--{name} is --{key}" for name, key in SHORT.items())
-    + "."
+    "none; `auto` starts a new run then."
+)
+
+_SHORT_NAMES = "Short names of what is changed often: %s." % ", ".join(
+    f"--{name} is --{key}" for name, key in SHORT.items()
 )
 
 
@@ -122,6 +125,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         args = without_short_names(sys.argv[1:] if args is None else args)
         check_files(args)
+        args = with_all_evaluations(args)
         refuse_doubled_keys()
         CoprisCLI(
             CoprisModule,
@@ -132,7 +136,10 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_callback=RunConfig,
             # A step takes as long as its rollout: all are worth logging, not one in fifty.
             trainer_defaults={"log_every_n_steps": 1},
-            parser_kwargs={"epilog": _EPILOG},
+            parser_kwargs={
+                "epilog": f"{_EPILOG} {_SHORT_NAMES}",
+                **{command: {"epilog": _SHORT_NAMES} for command in CoprisCLI.subcommands()},
+            },
             seed_everything_default=0,
             # The module takes optimizer and schedule itself, and steps the schedule per step.
             auto_configure_optimizers=False,

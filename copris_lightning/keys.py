@@ -82,7 +82,7 @@ def _path(kind: Any, parts: list[str]) -> str | None:
     for member in members:
         origin, arguments = get_origin(member), get_args(member)
         inner, joint = None, f".{part}"
-        if dataclasses.is_dataclass(member):
+        if isinstance(member, type) and dataclasses.is_dataclass(member):
             inner = _settings(member).get(part)
         elif isinstance(origin, type) and issubclass(origin, Mapping) and len(arguments) == 2:
             inner = arguments[1]
