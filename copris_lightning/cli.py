@@ -32,7 +32,7 @@ _EPILOG = (
     "none; `auto` starts a new run then."
 )
 
-_SHORT_NAMES = "Short names of what is changed often: %s." % ", ".join(
+_SHORT_NAMES = "Short names of what is changed often: " + ", ".join(
     f"--{name} is --{key}" for name, key in SHORT.items()
 )
 
