@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from copris_lightning.core.estimator.estimator import Estimate, PolicyGradient
+from copris_lightning.core.estimator.estimator import Estimate, Estimator
 from copris_lightning.core.estimator.losses import ClippedPolicyLoss, ReinforceLoss
 from copris_lightning.core.estimator.ratios import (
     SequenceRatio,
@@ -36,12 +36,12 @@ CURRENT = 2
 """The version that is trained; 0 and 1 came before it."""
 
 PLAIN = ReinforceLoss(max_weight=None)
-ESTIMATORS: dict[str, PolicyGradient] = {
-    "no correction": PolicyGradient(loss=PLAIN, ratio=UncorrectedRatio()),
-    "token ratio": PolicyGradient(loss=PLAIN, ratio=TokenRatio()),
-    "token ratio, clipped (CoPRIS)": PolicyGradient(loss=ClippedPolicyLoss(), ratio=TokenRatio()),
-    "sequence ratio, normalized (GSPO)": PolicyGradient(loss=PLAIN, ratio=SequenceRatio()),
-    "sequence ratio": PolicyGradient(loss=PLAIN, ratio=SequenceRatio(length_normalized=False)),
+ESTIMATORS: dict[str, Estimator] = {
+    "no correction": Estimator(loss=PLAIN, ratio=UncorrectedRatio()),
+    "token ratio": Estimator(loss=PLAIN, ratio=TokenRatio()),
+    "token ratio, clipped (CoPRIS)": Estimator(loss=ClippedPolicyLoss(), ratio=TokenRatio()),
+    "sequence ratio, normalized (GSPO)": Estimator(loss=PLAIN, ratio=SequenceRatio()),
+    "sequence ratio": Estimator(loss=PLAIN, ratio=SequenceRatio(length_normalized=False)),
 }
 """Only the third clips: the others show what the ratio does by itself."""
 
@@ -165,7 +165,7 @@ def enumerate_trajectories(
 
 
 def estimate(
-    problem: Problem, estimator: PolicyGradient, trajectories: Trajectories
+    problem: Problem, estimator: Estimator, trajectories: Trajectories
 ) -> tuple[Tensor, Tensor, Estimate]:
     """What the package makes of each trajectory.
 
@@ -188,7 +188,7 @@ def estimate(
 
 def expectation(
     problem: Problem,
-    estimator: PolicyGradient,
+    estimator: Estimator,
     shift: float,
     cuts: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
@@ -198,21 +198,19 @@ def expectation(
     return torch.autograd.grad(trajectories.probabilities @ objectives, theta)[0]
 
 
-def relative_bias(problem: Problem, estimator: PolicyGradient, shift: float) -> float:
+def relative_bias(problem: Problem, estimator: Estimator, shift: float) -> float:
     """Norm of expected minus exact gradient, over the norm of the exact one."""
     exact = exact_gradient(problem)
     return float((expectation(problem, estimator, shift) - exact).norm() / exact.norm())
 
 
-def order(problem: Problem, estimator: PolicyGradient, shift: float = 0.01) -> float:
+def order(problem: Problem, estimator: Estimator, shift: float = 0.01) -> float:
     """The power of the shift that the bias grows with: its slope on logarithmic axes."""
     biases = [relative_bias(problem, estimator, s) for s in (shift / 2, shift)]
     return math.log2(biases[1] / biases[0])
 
 
-def gradient_of_each(
-    problem: Problem, estimator: PolicyGradient, trajectories: Trajectories
-) -> Tensor:
+def gradient_of_each(problem: Problem, estimator: Estimator, trajectories: Trajectories) -> Tensor:
     """The estimate that each single trajectory gives, ``[n, parameters]``."""
     theta, objectives, _ = estimate(problem, estimator, trajectories)
     each = torch.eye(len(objectives), dtype=objectives.dtype)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from copris_lightning.callbacks.summary import RunSummary
     from copris_lightning.callbacks.weight_sync import WeightSync
     from copris_lightning.core.estimator.corrections import LagRejection, Masking, Truncation
+    from copris_lightning.core.estimator.estimator import Estimator
     from copris_lightning.core.estimator.losses import (
         CispoLoss,
         ClippedPolicyLoss,
@@ -27,39 +28,49 @@ if TYPE_CHECKING:
         TokenRatio,
         UncorrectedRatio,
     )
+    from copris_lightning.core.sampling import Sampling
     from copris_lightning.datamodules.prompts.dataset import DatasetPrompts
     from copris_lightning.datamodules.prompts.template import Template
     from copris_lightning.datamodules.rollout import RolloutDataModule
-    from copris_lightning.datamodules.sampling import Evaluation, Sampling
+    from copris_lightning.datamodules.settings import BatchSize, Credit, Evaluation, Flow, Task
     from copris_lightning.engines.server import VLLMServerEngine
     from copris_lightning.engines.simulated import SimulatedEngine
     from copris_lightning.engines.vllm import VLLMEngine
     from copris_lightning.policy.lora import LoRA
     from copris_lightning.policy.module import CoprisModule
-    from copris_lightning.rollout.rewards import Prompt, Reward
+    from copris_lightning.policy.settings import Memory, Precision
+    from copris_lightning.rollout.rewards import Prompt, Reward, Scoring
 
 _HOMES = {
+    "BatchSize": "datamodules.settings",
     "CispoLoss": "core.estimator.losses",
     "ClippedPolicyLoss": "core.estimator.losses",
     "CoprisModule": "policy.module",
+    "Credit": "datamodules.settings",
     "DatasetPrompts": "datamodules.prompts.dataset",
     "DecoupledRatio": "core.estimator.ratios",
-    "Evaluation": "datamodules.sampling",
+    "Estimator": "core.estimator.estimator",
+    "Evaluation": "datamodules.settings",
+    "Flow": "datamodules.settings",
     "KLPenalty": "core.estimator.penalties",
     "LagRejection": "core.estimator.corrections",
     "LoRA": "policy.lora",
     "Masking": "core.estimator.corrections",
+    "Memory": "policy.settings",
     "PolicyLoss": "core.estimator.losses",
+    "Precision": "policy.settings",
     "Prompt": "rollout.rewards",
     "ReinforceLoss": "core.estimator.losses",
     "Reward": "rollout.rewards",
     "RolloutDataModule": "datamodules.rollout",
     "RolloutProgressBar": "callbacks.progress",
     "RunSummary": "callbacks.summary",
-    "Sampling": "datamodules.sampling",
+    "Sampling": "core.sampling",
+    "Scoring": "rollout.rewards",
     "SequenceRatio": "core.estimator.ratios",
     "SimulatedEngine": "engines.simulated",
     "StalenessMonitor": "callbacks.staleness",
+    "Task": "datamodules.settings",
     "Template": "datamodules.prompts.template",
     "TokenRatio": "core.estimator.ratios",
     "TrajectoryLedger": "callbacks.ledger",
@@ -71,17 +82,23 @@ _HOMES = {
 }
 
 __all__ = [
+    "BatchSize",
     "CispoLoss",
     "ClippedPolicyLoss",
     "CoprisModule",
+    "Credit",
     "DatasetPrompts",
     "DecoupledRatio",
+    "Estimator",
     "Evaluation",
+    "Flow",
     "KLPenalty",
     "LagRejection",
     "LoRA",
     "Masking",
+    "Memory",
     "PolicyLoss",
+    "Precision",
     "Prompt",
     "ReinforceLoss",
     "Reward",
@@ -89,9 +106,11 @@ __all__ = [
     "RolloutProgressBar",
     "RunSummary",
     "Sampling",
+    "Scoring",
     "SequenceRatio",
     "SimulatedEngine",
     "StalenessMonitor",
+    "Task",
     "Template",
     "TokenRatio",
     "TrajectoryLedger",

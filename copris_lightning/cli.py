@@ -14,6 +14,8 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from copris_lightning.datamodules.checkpoint_file import check_file, read
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.keys import SHORT, refusals, with_keys, without_short_names
+from copris_lightning.overlays import with_all_evaluations
 from copris_lightning.parsing import (
     CoprisParser,
     check_files,
@@ -30,6 +32,10 @@ _EPILOG = (
     "none; `auto` starts a new run then."
 )
 
+_SHORT_NAMES = "Short names of what is changed often: " + ", ".join(
+    f"--{name} is --{key}" for name, key in SHORT.items()
+)
+
 
 class CoprisCLI(LightningCLI):
     """``copris fit | validate | test | predict --config FILE [--config OVERLAY] [--key value]``."""
@@ -37,12 +43,17 @@ class CoprisCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The engine boots with the checkpoint that the module trains; one seed for everything."""
         parser.link_arguments("model.init_args.model", "data.init_args.model")
-        code = "init_args.trust_remote_code"
-        parser.link_arguments(f"model.{code}", f"data.{code}")
         parser.link_arguments("seed_everything", "data.init_args.seed", compute_fn=_seed)
 
+    def before_instantiate_classes(self) -> None:
+        """Errors of objects shall name them."""
+        if isinstance(self.parser, CoprisParser):
+            self.parser.name_refusals()
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Name what Lightning refuses."""
+        """Name what a module, a data module, a callback or Lightning refuses."""
+        for _, refused in refusals(self.config_init):
+            raise refused.error
         try:
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError, MemoryError) as error:
@@ -112,7 +123,9 @@ def main(args: Sequence[str] | None = None) -> int:
     where it came from.
     """
     try:
-        check_files(sys.argv[1:] if args is None else args)
+        args = without_short_names(sys.argv[1:] if args is None else args)
+        check_files(args)
+        args = with_all_evaluations(args)
         refuse_doubled_keys()
         CoprisCLI(
             CoprisModule,
@@ -123,16 +136,19 @@ def main(args: Sequence[str] | None = None) -> int:
             save_config_callback=RunConfig,
             # A step takes as long as its rollout: all are worth logging, not one in fifty.
             trainer_defaults={"log_every_n_steps": 1},
-            parser_kwargs={"epilog": _EPILOG},
+            parser_kwargs={
+                "epilog": f"{_EPILOG} {_SHORT_NAMES}",
+                **{command: {"epilog": _SHORT_NAMES} for command in CoprisCLI.subcommands()},
+            },
             seed_everything_default=0,
             # The module takes optimizer and schedule itself, and steps the schedule per step.
             auto_configure_optimizers=False,
-            args=list(args) if args is not None else None,
+            args=args,
         )
     except ValueError as error:
         found = configuration_error(error)
         if found is None:
             raise
-        print(f"copris: {found}", file=sys.stderr)
+        print(f"copris: {with_keys(str(found))}", file=sys.stderr)
         return 2
     return 0

@@ -3,7 +3,7 @@
 ::
 
     CoprisError
-    ├── ConfigurationError (also a ValueError)   a setting that cannot work; names the YAML key
+    ├── ConfigurationError (also a ValueError)   a setting that cannot work; names it
     ├── EngineError                              the rollout engine failed or broke its contract
     │   └── WeightSyncError                      new weights did not arrive in the engine
     │       └── ParityError                      engine and trainer compute different log-probs
@@ -17,13 +17,45 @@ A few have kinds of their own where they are told apart: a finished run (``resum
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_BEGINS_WITH_A_NAME = re.compile(r"[A-Za-z_]\w*(\[\d+\]|\.\w[\w-]*)*[=:]")
+
 
 class CoprisError(Exception):
     """Base of all errors of this package."""
 
 
 class ConfigurationError(CoprisError, ValueError):
-    """A setting that cannot work. The message names the value and the YAML key to change."""
+    """A setting that cannot work.
+
+    The message begins with the setting's name, as whoever raises it knows it, and its value:
+    ``temperature=0.0 must be above 0``. Whoever holds the object that raised puts the name before
+    it by which it holds it (:func:`under`), so that a run's message names
+    ``task.sampling.temperature``; and the command line makes a YAML key of that.
+    """
+
+    def under(self, name: str) -> None:
+        """Name what the message is about from one level further out.
+
+        Args:
+            name: of the object that raised, where it is held.
+        """
+        message = str(self)
+        joint = "." if _BEGINS_WITH_A_NAME.match(message) else ": "
+        self.args = (f"{name}{joint}{message}",)
+
+
+@contextmanager
+def under(name: str) -> Iterator[None]:
+    """Within the block, errors about settings are about those of ``name``."""
+    try:
+        yield
+    except ConfigurationError as error:
+        error.under(name)
+        raise
 
 
 class EngineError(CoprisError):

@@ -15,6 +15,7 @@ from jsonargparse import Namespace, get_loader, set_loader
 from lightning.pytorch.cli import LightningArgumentParser
 
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.keys import Maker, make
 
 _EXPECTED = re.compile(
     r"Expected an? (<class '[^']+'>|typing\.Literal\[.+?\])"
@@ -37,7 +38,6 @@ _NO_SETTING = "there is no such setting"
 _DECIDED = {
     "data.init_args.seed": "seed_everything",
     "data.init_args.model": "model.init_args.model",
-    "data.init_args.trust_remote_code": "model.init_args.trust_remote_code",
 }
 """Settings that the command line takes from others, whatever they are set to."""
 _NAMES = {
@@ -64,6 +64,16 @@ class CoprisParser(LightningArgumentParser):
             super().error(message, ex)
         ours = configuration_error(ex)
         raise ConfigurationError(str(ours) if ours else explain(message)) from ex
+
+    def add_instantiator(
+        self, instantiator: Any, class_type: Any, subclasses: bool = True, prepend: bool = False
+    ) -> None:
+        """Have objects made that may refuse their settings; see :class:`Maker`."""
+        super().add_instantiator(Maker(instantiator), class_type, subclasses, prepend)
+
+    def name_refusals(self) -> None:
+        """The same for the objects that nobody has an instantiator for. Comes last."""
+        super().add_instantiator(make, object)
 
     def validate(self, namespace: Namespace, *args: Any, **kwargs: Any) -> None:
         """Look at nulls as well, which to the parser say that nothing was given.
@@ -186,7 +196,8 @@ def _leaves(
         elif match := re.match(r"Subcommand '.+?' does not accept option '(.+?)'", line.text):
             yield match[1], _NO_SETTING
         elif match := re.match(r"Group '(.+?)' does not accept option '(.+?)'", line.text):
-            yield f"{match[1]}.{match[2]}", _NO_SETTING
+            group = f"{prefix}.{match[1]}" if prefix else match[1]
+            yield f"{group}.{match[2]}", _NO_SETTING
         elif match := _CALLABLE.fullmatch(line.text):
             yield from _leaves([_Line(match[1], line.below)], key, within=f"{key}.init_args")
         elif match := _CLASS_PATH.fullmatch(line.text):

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from lightning.pytorch.strategies import ModelParallelStrategy
 
+from copris_lightning import Sampling
 from copris_lightning.__main__ import main
 from copris_lightning.cli import CoprisCLI
 from copris_lightning.engines.engine import EngineSpec
@@ -81,9 +82,11 @@ def test_the_large_config_is_the_papers(tiny_checkpoint: Path, tmp_path: Path) -
     model = ["--model.init_args.model", str(tiny_checkpoint)]
     cli = instantiate("--config", config, *model, *data_files(tmp_path))
     settings = cli.datamodule.settings
-    assert (settings.cap, settings.batch_groups, settings.group_size) == (1024, 64, 8)
-    assert (settings.max_prompt_tokens, settings.max_new_tokens) == (1024, 15360)
-    assert (settings.val_samples, settings.val_temperature) == (32, 0.6)
+    assert (settings.flow.cap, settings.batch.groups, settings.batch.group_size) == (1024, 64, 8)
+    assert settings.task.max_prompt_tokens == 1024
+    assert settings.task.sampling == Sampling(1.0, 15360)
+    assert settings.evaluations["aime24"].samples == 32
+    assert settings.sampling("aime24") == Sampling(0.6, 15360)
     assert (cli.model.estimator.loss.clip_low, cli.model.estimator.loss.clip_high) == (0.2, 0.28)
     assert cli.model.estimator.loss.dual_clip == 10.0
     assert cli.trainer.gradient_clip_val == 1.0
@@ -125,7 +128,7 @@ def test_every_recipe_is_instantiated_and_its_launch_lines_fit_it(
             counts = [int(size) for size in sizes.values()]
             assert math.prod(counts) == ranks, line
     # Batches divide evenly, and validation comes after whole ones.
-    assert data.settings.batch_groups * data.settings.group_size % ranks == 0
+    assert data.settings.batch.groups * data.settings.batch.group_size % ranks == 0
     per_batch = cli.config.trainer.accumulate_grad_batches
     assert cli.config.trainer.val_check_interval == 20 * per_batch
     engine = data.engine
@@ -137,7 +140,7 @@ def test_every_recipe_is_instantiated_and_its_launch_lines_fit_it(
         base = yaml.safe_load((ROOT / names[0]).read_text())["model"]["init_args"]
         assert served == [named.get("model", base["model"])]
         seats = re.findall(r"--max-num-seqs (\d+)", head)
-        assert int(seats[0]) * len(engine.urls) >= data.settings.cap
+        assert int(seats[0]) * len(engine.urls) >= data.settings.flow.cap
     else:
         assert set(engine.engine_args) <= {field.name for field in fields(AsyncEngineArgs)}
 
@@ -151,9 +154,12 @@ def test_every_overlay_changes_what_it_says_and_nothing_else(
     changed = instantiate("--config", QUICKSTART, "--config", str(overlay), *base[2:])
     changed = changed.config.as_dict()
     differences = {
-        "sync": [("data", "init_args", "max_staleness", 0)],
+        "sync": [("data", "init_args", "flow", "max_staleness", 0)],
         "no_is": [
-            ("model", "init_args", "ratio", {"class_path": "copris_lightning.UncorrectedRatio"})
+            (
+                *("model", "init_args", "estimator", "ratio"),
+                {"class_path": "copris_lightning.UncorrectedRatio"},
+            )
         ],
         "ddp": [("trainer", "devices", 2), ("trainer", "strategy", "ddp")],
         "fsdp2": [
@@ -181,7 +187,9 @@ def test_every_overlay_changes_what_it_says_and_nothing_else(
         ],
     }[overlay.stem]
     if overlay.stem == "best":  # one more callback
-        assert changed["trainer"]["callbacks"].pop()["init_args"]["monitor"] == "val/avg_at_k"
+        assert (
+            changed["trainer"]["callbacks"].pop()["init_args"]["monitor"] == "val/addition/avg_at_k"
+        )
     for *path, key, value in differences:
         for config in (plain, changed):
             for name in path:
@@ -201,9 +209,9 @@ def test_the_copris_preset_is_the_default(tiny_checkpoint: Path) -> None:
     base += ["--model.init_args.model", str(tiny_checkpoint)]
     plain, named = instantiate(*base), instantiate(*base[:2], "--config", preset, *base[2:])
     assert plain.model.estimator == named.model.estimator
-    assert plain.model.normalization == named.model.normalization
-    assert plain.datamodule.settings == named.datamodule.settings
-    assert plain.datamodule.advantage is named.datamodule.advantage
+    for part in ("flow", "batch", "credit"):
+        both = (getattr(cli.datamodule.settings, part) for cli in (plain, named))
+        assert len(set(both)) == 1
 
 
 @pytest.mark.parametrize("config", [SIMULATED, QUICKSTART], ids=["simulated", "quickstart"])
@@ -238,11 +246,10 @@ def test_a_simulated_run_ends_with_a_summary_logs_and_a_ledger(
 def test_evaluation_commands_run(
     command: str, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prompts = {"validate": "val_prompts", "test": "test_prompts", "predict": "predict_prompts"}
-    key = f"--data.init_args.{prompts[command]}"
+    prompts = {"class_path": "copris_testing.SomePrompts", "init_args": {"size": 20}}
+    some = {"some": {"prompts": prompts, "on": command, "samples": 3}}
     args = [command, "--config", SIMULATED, "--model.init_args.model", str(tiny_checkpoint)]
-    args += [key, "copris_testing.SomePrompts", f"{key}.size", "20"]
-    assert main([*args, "--data.init_args.val_samples", "3"]) == 0
+    assert main([*args, f"--data.init_args.evaluations={json.dumps(some)}"]) == 0
     if command == "predict":
         lines = next(tmp_path.rglob("predictions.jsonl")).read_text().splitlines()
         records = [json.loads(line) for line in lines]
@@ -250,33 +257,39 @@ def test_evaluation_commands_run(
         assert {n: sum(r["prompt_id"] == n for r in records) for n in counts} == counts
     else:
         area = {"validate": "val", "test": "test"}[command]
-        assert f"{area}/pass_at_k" in capsys.readouterr().out
+        assert f"{area}/some/pass_at_k" in capsys.readouterr().out
 
 
 BAD_INPUT = [
-    (["--data.init_args.cap", "0"], r"data.init_args.cap=0 must be at least 1"),
-    (["--data.init_args.batch_groups", "0"], r"data.init_args.batch_groups=0"),
-    (["--data.init_args.group_size", "1"], r"data.init_args.group_size=1 must be at least 2"),
+    (["--data.init_args.flow.cap", "0"], r"data.init_args.flow.cap=0 must be at least 1"),
+    (["--data.init_args.batch.groups", "0"], r"data.init_args.batch.groups=0"),
+    (["--group_size", "1"], r"data.init_args.batch.group_size=1 must be at least 2"),
     (
-        ["--data.init_args.temperature", "0"],
-        r"data.init_args.temperature=0.0 must be above 0",
+        ["--temperature", "0"],
+        r"data.init_args.task.sampling.temperature=0.0 must be above 0",
     ),
-    (["--data.init_args.max_new_tokens", "512"], r"max_new_tokens=512 does not fit .* 512 tokens"),
-    (["--data.init_args.max_new_tokens", "500"], r"32 \+ max_new_tokens=500 = 532 exceeds"),
+    (
+        ["--max_new_tokens", "512"],
+        r"data.init_args.task.sampling.max_new_tokens=512 does not fit .* 512 tokens",
+    ),
+    (["--max_new_tokens=500"], r"32 \+ data.*\.max_new_tokens=500 = 532 exceeds"),
     (["--model.init_args.model", "no/such-model"], r"model.init_args.model='no/such-model'"),
     (["--model.init_args.model", "/no/such/dir"], r"model.init_args.model='/no/such/dir'"),
     (
-        ["--data.init_args.prompts", "bad_prompts.Chat"],
+        ["--data.init_args.task.prompts", "bad_prompts.Chat"],
         r"chat messages, but the tokenizer .* has no chat template",
     ),
-    (["--data.init_args.prompts", "bad_prompts.Empty"], r"data.init_args.prompts.* is empty"),
     (
-        ["--data.init_args.prompts", "bad_prompts.Long"],
-        r"prompt 'long' has 40 tokens, more than data.init_args.max_prompt_tokens=32",
+        ["--data.init_args.task.prompts", "bad_prompts.Empty"],
+        r"data.init_args.task.prompts.* is empty",
     ),
     (
-        ["--data.init_args.reward", "bad_prompts.NotAReward"],
-        r"init_args.reward: .*bad_prompts.NotAReward' to be a class that .* callable",
+        ["--data.init_args.task.prompts", "bad_prompts.Long"],
+        r"prompt 'long' has 40 tokens, more than data.init_args.task.max_prompt_tokens=32",
+    ),
+    (
+        ["--reward", "bad_prompts.NotAReward"],
+        r"init_args.task.scoring.reward: .*bad_prompts.NotAReward' to be a class that .* callable",
     ),
     (
         ["--trainer.accumulate_grad_batches", "400"],
@@ -288,7 +301,7 @@ BAD_INPUT = [
     ),
     (
         ["--data.init_args.engine.init_args.engine_args", '{"max_num_seqs": 3}'],
-        r"max_num_seqs=3 is below the 256",
+        r"init_args.engine_args.max_num_seqs=3 is below the 256 that data.init_args.flow.cap",
     ),
 ]
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from changed_models import with_own_code
 
-from copris_lightning import Evaluation, Sampling
+from copris_lightning import Sampling
 from copris_lightning.cli import CoprisCLI
 from copris_lightning.policy.module import CoprisModule
 
@@ -43,26 +43,19 @@ def test_an_overlay_sets_what_ends_a_response_and_how_evaluation_samples(
 ) -> None:
     overlay = tmp_path / "overlay.yaml"
     settings = {
-        "val_temperature": 0,
-        "sampling": {"stop": ["</answer>", "\n\n"], "stop_token_ids": [3]},
-        "evaluation": {"max_new_tokens": 40},
+        "task": {"sampling": {"stop": ["</answer>", "\n\n"], "stop_token_ids": [3]}},
+        "evaluations": {
+            "short": {
+                "prompts": "copris_testing.SomePrompts",
+                "sampling": {"temperature": 0, "max_new_tokens": 40},
+            },
+        },
     }
     overlay.write_text(yaml.safe_dump({"data": {"init_args": settings}}))
-    args = ["--config", str(overlay), "--data.init_args.evaluation.top_p", "0.9"]
+    args = ["--config", str(overlay), "--data.init_args.task.sampling.max_new_tokens", "90"]
     made = instantiate(*args, "--model.init_args.model", str(tiny_checkpoint)).datamodule.settings
-    assert made.sampling == Sampling(stop=["</answer>", "\n\n"], stop_token_ids=[3])
-    assert made.evaluation == Evaluation(max_new_tokens=40, top_p=0.9)
-    assert made.val_temperature == 0
-
-
-def test_trust_is_given_once_for_module_and_data_module(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    own = str(with_own_code(tiny_checkpoint, tmp_path / "own"))
-    args = ["--model.init_args.model", own, "--model.init_args.trust_remote_code", "true"]
-    cli = instantiate(*args)
-    assert cli.model.trust_remote_code is True
-    assert cli.datamodule.trust_remote_code is True
+    assert made.task.sampling == Sampling(1.0, 90, stop=["</answer>", "\n\n"], stop_token_ids=[3])
+    assert made.sampling("short") == Sampling(0, 40)
 
 
 def test_nobody_is_asked_on_a_terminal(tiny_checkpoint: Path, tmp_path: Path) -> None:

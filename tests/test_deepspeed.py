@@ -13,6 +13,7 @@ from ranks import train, trained_adapters
 from simulated_fits import build
 from two_ranks import outcomes, run
 
+from copris_lightning import Evaluation
 from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.quickstart.warm_start import tiny_model
 
@@ -186,7 +187,7 @@ def test_a_checkpoint_is_evaluated_under_stage_2_and_as_one_file_after_stage_3(
 
     file = tmp_path / "whole.ckpt"
     convert_zero_checkpoint_to_fp32_state_dict(directory / "stage_3_resumed/last.ckpt", file)
-    data = {"val_prompts": SomePrompts(4)}
+    data = {"evaluations": {"val": Evaluation(SomePrompts(4))}}
     trainer, module, rollouts, _ = build(
         tiny_checkpoint, tmp_path, data=data, model=trained_adapters()
     )

@@ -8,14 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from builders import small_data, small_module
 from copris_testing import SomePrompts, reference_logprobs
 from lightning.pytorch.loggers import CSVLogger
 from some_rewards import ShareOfDigits
 from transformers import AutoModelForCausalLM
 
 from copris_lightning import (
-    CoprisModule,
-    RolloutDataModule,
     StalenessMonitor,
     TrajectoryLedger,
     VLLMEngine,
@@ -78,20 +77,10 @@ def test_a_staged_run_syncs_every_rank(
         enable_checkpointing=False,
         callbacks=[sync, StalenessMonitor(), TrajectoryLedger(), probe],
     )
-    data = RolloutDataModule(
-        str(tiny_checkpoint),
-        prompts=SomePrompts(),
-        reward=ShareOfDigits(),
-        engine=engine,
-        cap=20,
-        batch_groups=4,
-        group_size=2,
-        max_prompt_tokens=16,
-        max_new_tokens=48,
+    data = small_data(
+        tiny_checkpoint, engine, prompts=SomePrompts(), reward=ShareOfDigits(), cap=20
     )
-    module = CoprisModule(
-        str(tiny_checkpoint), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=2.0)
-    )
+    module = small_module(tiny_checkpoint, lr=2.0)
     trainer.fit(module, datamodule=data)
     assert sync.version == 3
     assert sync.worst_parity < 1e-4

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from copris_lightning import Sampling
 from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.datamodules.divide import BatchShape, divide
 from copris_lightning.policy.module import CoprisModule
@@ -41,13 +42,20 @@ def fit(checkpoint: Path, directory: Path, strategy: str) -> str:
             "environment": {"COPRIS_TEST_RECORD": str(directory / "received.jsonl")},
         },
     }
-    sizes = {"cap": 16, "batch_groups": 4, "group_size": 2, "max_new_tokens": 64}
-    reward = {"class_path": "some_rewards.ShareOfDigits"}
+    data = {
+        "task": {
+            "scoring": {"reward": {"class_path": "some_rewards.ShareOfDigits"}},
+            "sampling": {"max_new_tokens": 64},
+        },
+        "flow": {"cap": 16},
+        "batch": {"groups": 4, "group_size": 2},
+        "engine": engine,
+    }
     overlay.write_text(
         yaml.safe_dump(
             {
                 "model": {"init_args": {"model": str(checkpoint)}},
-                "data": {"init_args": {**sizes, "engine": engine, "reward": reward}},
+                "data": {"init_args": data},
                 "trainer": {"max_steps": 3, "accumulate_grad_batches": 2},
             }
         )
@@ -90,8 +98,7 @@ def loss_alone(checkpoint: Path, saved: dict[str, Any]) -> float:
         BatchShape(1, 1, 1, 64),
         source="trainer",
         policy_version=saved["policy_version"],
-        temperature=1.0,
-        max_new_tokens=64,
+        sampling=Sampling(max_new_tokens=64),
         metrics={},
         seed=0,
     )

@@ -48,14 +48,14 @@ def test_every_preset_trains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     small = {"cap": 12, "batch_groups": 4, "group_size": 2, "max_new_tokens": 40}
-    arguments = [f"--data.init_args.{name}={value}" for name, value in small.items()]
+    arguments = [f"--{name}={value}" for name, value in small.items()]
     status = main(
         [
             "fit",
             f"--config={ROOT / 'configs' / 'simulated.yaml'}",
             f"--config={preset}",
-            f"--model.init_args.model={tiny_checkpoint}",
-            "--data.init_args.reward=some_rewards.Parity",
+            f"--model={tiny_checkpoint}",
+            "--reward=some_rewards.Parity",
             *arguments,
             "--trainer.max_steps=4",
             "--trainer.enable_progress_bar=false",
@@ -167,7 +167,7 @@ def test_a_recomputed_proximal_policy_is_where_the_batchs_training_starts(
         tiny_checkpoint,
         tmp_path,
         callbacks=[keep],
-        data={"updates_per_batch": 2, "behavior_logprobs": source},
+        data={"updates": 2, "behavior_logprobs": source},
         model={"ratio": DecoupledRatio("recompute", None)},
         max_steps=8,
     )

@@ -61,7 +61,7 @@ def test_a_stop_string_ends_responses_and_is_seen(tiny_checkpoint: Path, tmp_pat
         "fit",
         tiny_checkpoint,
         tmp_path,
-        data={"sampling": Sampling(stop=stop), "reward": seen},
+        data={"stop": stop, "reward": seen},
         median=60.0,
         max_steps=3,
     )
@@ -90,8 +90,9 @@ def test_tokens_of_the_users_own_end_responses_and_are_seen(
 ) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_checkpoint)
     token = tokenizer.convert_tokens_to_ids("7")
-    sampling = Sampling(stop_token_ids=[token])
-    _, _, engine = run("fit", tiny_checkpoint, tmp_path, data={"sampling": sampling}, max_steps=2)
+    _, _, engine = run(
+        "fit", tiny_checkpoint, tmp_path, data={"stop_token_ids": [token]}, max_steps=2
+    )
     assert {r.decoding.stop_token_ids for r in engine.requests} == {tuple(sorted((1, token)))}
     records = ledger(tmp_path)
     stopped = [r for r in records if r["response"].endswith("7")]
@@ -106,9 +107,7 @@ def test_tokens_of_the_users_own_end_responses_and_are_seen(
 def test_a_stop_token_outside_the_vocabulary_is_refused_before_the_boot(
     tiny_checkpoint: Path, tmp_path: Path, token: int
 ) -> None:
-    trainer, module, data, log = build(
-        tiny_checkpoint, tmp_path, data={"sampling": Sampling(stop_token_ids=[token])}
-    )
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data={"stop_token_ids": [token]})
     data.engine = engine = Asked()
     with pytest.raises(ConfigurationError, match=rf"stop_token_ids=\[{token}\]: .* has 98"):
         trainer.fit(module, data)
@@ -133,21 +132,21 @@ def test_a_tokenizer_that_knows_too_much_is_refused_before_the_boot(
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda: Sampling(stop=""), r"sampling\.stop='' must be a list of strings"),
+        (lambda: Sampling(stop=""), r"stop='' must be a list of strings"),
         (lambda: Sampling(stop="</answer>"), "must be a list of strings"),
         (lambda: Sampling(stop=["a", ""]), "'' cannot be looked for"),
         (lambda: Sampling(stop=["a\N{REPLACEMENT CHARACTER}"]), "cannot be looked for"),
-        (lambda: Sampling(stop_token_ids=["7"]), r"sampling\.stop_token_ids=\['7'\] must be a"),
+        (lambda: Sampling(stop_token_ids=["7"]), r"stop_token_ids=\['7'\] must be a"),
         (lambda: Sampling(stop_token_ids=[True]), "must be a list of token ids"),
-        (lambda: Evaluation(max_new_tokens=0), r"evaluation\.max_new_tokens=0 must be at least 1"),
-        (lambda: Evaluation(top_p=0.0), r"evaluation\.top_p=0\.0 must be above 0"),
-        (lambda: Evaluation(top_p=float("nan")), "top_p=nan must be above 0"),
-        (lambda: Evaluation(top_p=1.1), "at most 1"),
-        (lambda: Evaluation(top_k=-1), r"evaluation\.top_k=-1 must be at least 0"),
+        (lambda: Sampling(max_new_tokens=0), r"max_new_tokens=0 must be at least 1"),
+        (lambda: Sampling(top_p=0.0), r"top_p=0\.0 must be above 0"),
+        (lambda: Sampling(top_p=float("nan")), "top_p=nan must be above 0"),
+        (lambda: Sampling(top_p=1.1), "at most 1"),
+        (lambda: Sampling(top_k=-1), r"top_k=-1 must be at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(make: Any, says: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"^data.init_args.*{says}"):
+    with pytest.raises(ConfigurationError, match=f"^.*{says}"):
         make()
 
 
@@ -155,14 +154,20 @@ def test_settings_that_cannot_work_are_refused(make: Any, says: str) -> None:
 
 
 def responses(
-    checkpoint: Path, directory: Path, *, seed: int, median: float = 30.0, **data: Any
+    checkpoint: Path,
+    directory: Path,
+    *,
+    seed: int,
+    sampling: Sampling | None = None,
+    median: float = 30.0,
 ) -> list[Any]:
+    evaluation = Evaluation(SomePrompts(6), "predict", sampling=sampling)
     _, batches, engine = run(
         "predict",
         checkpoint,
         directory,
         median=median,
-        data={"predict_prompts": SomePrompts(6), "seed": seed, **data},
+        data={"evaluations": {"some": evaluation}, "seed": seed},
     )
     assert all(chunk.logprobs is None for chunk in engine.chunks)
     assert not any(request.decoding.logprobs for request in engine.requests)
@@ -171,7 +176,10 @@ def responses(
 
 def test_greedy_evaluation_depends_on_no_seed(tiny_checkpoint: Path, tmp_path: Path) -> None:
     greedy = [
-        [r["response"] for r in responses(tiny_checkpoint, tmp_path, seed=s, val_temperature=0.0)]
+        [
+            r["response"]
+            for r in responses(tiny_checkpoint, tmp_path, seed=s, sampling=Sampling(0.0))
+        ]
         for s in (0, 1)
     ]
     assert greedy[0] == greedy[1]
@@ -186,9 +194,8 @@ def test_greedy_evaluation_depends_on_no_seed(tiny_checkpoint: Path, tmp_path: P
 def test_evaluation_has_limits_of_its_own(
     tiny_checkpoint: Path, tmp_path: Path, limit: int
 ) -> None:
-    evaluation = Evaluation(max_new_tokens=limit, top_p=0.9, top_k=20)
-    data = {"evaluation": evaluation, "median": 300.0}
-    records = responses(tiny_checkpoint, tmp_path, seed=0, **data)
+    sampling = Sampling(max_new_tokens=limit, top_p=0.9, top_k=20)
+    records = responses(tiny_checkpoint, tmp_path, seed=0, sampling=sampling, median=300.0)
     assert max(r["response_tokens"] for r in records) == limit  # training's is 48
     assert {r["finish_reason"] for r in records if r["response_tokens"] < limit} <= {"stop"}
 
@@ -197,20 +204,21 @@ def test_evaluation_has_limits_of_its_own(
 def test_every_evaluation_is_asked_for_as_set(
     tiny_checkpoint: Path, tmp_path: Path, command: str
 ) -> None:
-    evaluation = Evaluation(max_new_tokens=7, top_p=0.5, top_k=3)
-    data = {"val_temperature": 0.0, "evaluation": evaluation, "val_prompts": SomePrompts(4)}
-    data |= {"test_prompts": SomePrompts(4), "predict_prompts": SomePrompts(4)}
+    own = Sampling(0.0, max_new_tokens=7, top_p=0.5, top_k=3)
+    commands = ("validate", "test", "predict")
+    evaluations = {f"a-{on}": Evaluation(SomePrompts(4), on, sampling=own) for on in commands}
+    data = {"evaluations": evaluations}
     options = {"max_steps": 1, "num_sanity_val_steps": 1, "limit_val_batches": 1}
     _, _, engine = run(command, tiny_checkpoint, tmp_path, data=data, **options)
     asked = {
-        (r.decoding.temperature, r.decoding.top_p, r.decoding.top_k, r.decoding.logprobs)
+        (*r.decoding.sampling.distribution.values(), r.decoding.logprobs)
         for r in engine.requests
         if r.request_id.startswith("evaluation")
     }
     assert asked == {(0.0, 0.5, 3, False)}
     training = [r.decoding for r in engine.requests if r.request_id.startswith("train")]
     assert bool(training) == (command == "fit")
-    assert {(d.temperature, d.top_p, d.top_k, d.logprobs) for d in training} <= {
+    assert {(*d.sampling.distribution.values(), d.logprobs) for d in training} <= {
         (1.0, 1.0, 0, True)
     }
 
@@ -218,21 +226,20 @@ def test_every_evaluation_is_asked_for_as_set(
 def test_the_longer_limit_counts_for_engine_and_context(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    evaluation = {"evaluation": Evaluation(max_new_tokens=496)}
-    _, _, data, _ = build(tiny_checkpoint, tmp_path, data=evaluation)
+    evaluation = Evaluation(SomePrompts(4), sampling=Sampling(max_new_tokens=496))
+    _, _, data, _ = build(tiny_checkpoint, tmp_path, data={"evaluations": {"long": evaluation}})
     assert data.settings.max_sequence_tokens == 16 + 496
-    data.settings.check_context(512)
-    with pytest.raises(
-        ConfigurationError, match=r"\+ evaluation\.max_new_tokens=496 = 512 exceeds"
-    ):
-        data.settings.check_context(511)
-    with pytest.raises(ConfigurationError, match=r"evaluation\.max_new_tokens=496 does not fit"):
-        data.settings.check_context(400)
+    data.settings.check_model(512, vocabulary=99)
+    name = r"evaluations\.long\.sampling\.max_new_tokens"
+    with pytest.raises(ConfigurationError, match=rf"\+ {name}=496 = 512 exceeds"):
+        data.settings.check_model(511, vocabulary=99)
+    with pytest.raises(ConfigurationError, match=rf"^{name}=496 does not fit"):
+        data.settings.check_model(400, vocabulary=99)
 
 
-def test_many_greedy_samples_are_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="val_samples=4 with val_temperature=0"):
-        build(tiny_checkpoint, tmp_path, data={"val_samples": 4, "val_temperature": 0})
+def test_many_greedy_samples_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"^samples=4 with sampling\.temperature=0"):
+        Evaluation(SomePrompts(4), samples=4, sampling=Sampling(0))
 
 
 # -- the text of a response ----------------------------------------------------------------
@@ -291,24 +298,17 @@ def test_a_checkpoint_with_its_own_code_trains_and_resumes_once_it_is_trusted(
 ) -> None:
     own = with_own_code(tiny_checkpoint, tmp_path / "own")
     trust = {"trust_remote_code": True}
-    trainer, module, data, log = build(own, tmp_path, model=trust, data=trust, max_steps=2)
+    trainer, module, data, log = build(own, tmp_path, model=trust, max_steps=2)
     trainer.fit(module, data)
     assert type(module.policy.model).__name__ == "OwnForCausalLM"
     assert log.count("sync 1") == 1
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
-    trainer, module, data, log = build(own, tmp_path, model=trust, data=trust, max_steps=3)
+    trainer, module, data, log = build(own, tmp_path, model=trust, max_steps=3)
     trainer.fit(module, data, ckpt_path=tmp_path / "saved.ckpt")
     assert {row["batch"] for row in ledger(tmp_path)} == {0, 1, 2}
 
 
-def test_it_is_refused_by_module_and_data_module_while_it_is_not(
-    tiny_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_it_is_refused_while_it_is_not(tiny_checkpoint: Path, tmp_path: Path) -> None:
     own = with_own_code(tiny_checkpoint, tmp_path / "own")
     with pytest.raises(ConfigurationError, match="trust_remote_code=true"):
         build(own, tmp_path)
-    trainer, module, data, _ = build(own, tmp_path, model={"trust_remote_code": True})
-    data.engine = engine = Asked()
-    with pytest.raises(ConfigurationError, match="in Python that of RolloutDataModule, too"):
-        trainer.fit(module, data)
-    assert not engine.started

@@ -18,6 +18,7 @@ from some_rewards import FailingReward, slow
 from torch import Tensor
 
 from copris_lightning import (
+    Evaluation,
     RolloutDataModule,
     RolloutProgressBar,
     WeightSync,
@@ -46,7 +47,7 @@ def test_the_order_is_collect_train_sync(
     trainer, module, data, log = build(
         tiny_checkpoint,
         tmp_path,
-        data={"updates_per_batch": updates},
+        data={"updates": updates},
         accumulate_grad_batches=accumulate,
         max_steps=3 * updates,
     )
@@ -80,7 +81,7 @@ def test_a_run_resumed_from_a_checkpoint_trains_on_exactly_what_the_uncut_run_wo
     tiny_checkpoint: Path, tmp_path: Path, when: str
 ) -> None:
     updates = 2 if when == "within a batch" else 1
-    settings = {"updates_per_batch": updates}
+    settings = {"updates": updates}
     total, cut = (8, 3) if updates == 2 else (6, 3)
     uncut, module, data, _ = build(
         tiny_checkpoint, tmp_path / "uncut", data=settings, max_steps=total
@@ -184,7 +185,7 @@ def test_trainer_flags_end_cleanly(
     tiny_checkpoint: Path, tmp_path: Path, flags: dict[str, Any]
 ) -> None:
     trainer, module, data, log = build(
-        tiny_checkpoint, tmp_path, data={"val_prompts": SomePrompts(6)}, **flags
+        tiny_checkpoint, tmp_path, data={"evaluations": {"a": Evaluation(SomePrompts(6))}}, **flags
     )
     trainer.fit(module, datamodule=data)
     assert log[0] == "sync 0"
@@ -195,13 +196,16 @@ def test_validation_during_fit_leaves_training_as_it_was(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     for name, options in (("with", {"val_check_interval": 2}), ("without", {})):
-        prompts = {"val_prompts": SomePrompts(9), "val_samples": 3} if options else {}
+        several = {"a": Evaluation(SomePrompts(9), samples=3), "b": Evaluation(SomePrompts(2))}
+        prompts = {"evaluations": several} if options else {}
         trainer, module, data, _ = build(
             tiny_checkpoint, tmp_path / name, data=prompts, check_val_every_n_epoch=1, **options
         )
         trainer.fit(module, datamodule=data)
-        assert ("val/avg_at_k" in trainer.callback_metrics) == bool(options)
-        assert ("val/pass_at_k" in trainer.callback_metrics) == bool(options)
+        for metric in ("avg_at_k", "pass_at_k"):
+            for evaluation in several:
+                found = f"val/{evaluation}/{metric}" in trainer.callback_metrics
+                assert found == bool(options)
     assert ledger(tmp_path / "with") == ledger(tmp_path / "without")
 
 
@@ -257,12 +261,20 @@ def test_a_checkpoint_can_be_saved_after_fit_and_continued(
 
 
 def test_the_same_objects_can_fit_validate_and_test(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    prompts = {"val_prompts": SomePrompts(6), "test_prompts": SomePrompts(5)}
-    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data=prompts, max_steps=2)
+    evaluations = {
+        "a": Evaluation(SomePrompts(6)),
+        "b": Evaluation(SomePrompts(5), on="test"),
+        "c": Evaluation(SomePrompts(3), on="test"),
+    }
+    data = {"evaluations": evaluations}
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data=data, max_steps=2)
     trainer.fit(module, datamodule=data)
     log.clear()
-    assert "val/avg_at_k" in trainer.validate(module, datamodule=data, verbose=False)[0]
-    assert "test/avg_at_k" in trainer.test(module, datamodule=data, verbose=False)[0]
+    [found] = trainer.validate(module, datamodule=data, verbose=False)
+    assert "val/a/avg_at_k" in found
+    first, second = trainer.test(module, datamodule=data, verbose=False)
+    assert "test/b/avg_at_k" in first
+    assert "test/c/avg_at_k" in second
     # Each command boots an engine and gives it the trained weights.
     assert log == ["sync 2", "sync 2"]
     assert data.session is None
@@ -271,7 +283,7 @@ def test_the_same_objects_can_fit_validate_and_test(tiny_checkpoint: Path, tmp_p
 def test_a_batch_cut_by_a_checkpoint_is_not_divided_anew(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    data = {"updates_per_batch": 2}
+    data = {"updates": 2}
     save = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=1, save_top_k=-1)
     trainer, module, datamodule, _ = build(
         tiny_checkpoint,

@@ -9,14 +9,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from builders import small_data, small_module
 from copris_testing import SomePrompts, StaleHeadEngine, reference_logprobs
 from lightning.pytorch.loggers import CSVLogger
 from some_rewards import ShareOfDigits
 from transformers import AutoModelForCausalLM
 
 from copris_lightning import (
-    CoprisModule,
-    RolloutDataModule,
     StalenessMonitor,
     TrajectoryLedger,
     VLLMEngine,
@@ -27,7 +26,7 @@ from copris_lightning.errors import WeightSyncError
 
 SIZES: dict[str, Any] = {
     "cap": 20,
-    "batch_groups": 4,
+    "groups": 4,
     "group_size": 2,
     "max_prompt_tokens": 16,
     "max_new_tokens": 96,
@@ -74,14 +73,12 @@ def fit(
     temperature: float = 0.8,
     **data: Any,
 ) -> tuple[L.Trainer, Recorder]:
-    module = CoprisModule(
-        str(checkpoint), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=lr)
-    )
-    datamodule = RolloutDataModule(
-        str(checkpoint),
+    module = small_module(checkpoint, lr=lr)
+    datamodule = small_data(
+        checkpoint,
+        engine,
         prompts=SomePrompts(),
         reward=ShareOfDigits(),
-        engine=engine,
         temperature=temperature,
         **{**SIZES, **data},
     )

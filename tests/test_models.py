@@ -10,10 +10,11 @@ import lightning as L
 import pytest
 import torch
 from architectures import REFUSED, TRAINED, tiny_architecture
+from builders import small_data, small_module
 from copris_testing import SomePrompts
 from some_rewards import ShareOfDigits
 
-from copris_lightning import CoprisModule, RolloutDataModule, VLLMEngine, WeightSync
+from copris_lightning import CoprisModule, VLLMEngine, WeightSync
 from copris_lightning.errors import ConfigurationError
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
@@ -25,19 +26,14 @@ def test_an_architecture_trains_on_the_real_engine(
     name: str, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:
     checkpoint = tiny_architecture(name, tmp_path)
-    module = CoprisModule(
-        str(checkpoint), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5)
-    )
-    data = RolloutDataModule(
-        str(checkpoint),
+    module = small_module(checkpoint, lr=0.5)
+    data = small_data(
+        checkpoint,
+        VLLMEngine(cpu_engine_args),
         prompts=SomePrompts(),
         reward=ShareOfDigits(),
-        engine=VLLMEngine(cpu_engine_args),
-        cap=12,
-        batch_groups=2,
+        groups=2,
         group_size=4,
-        max_prompt_tokens=16,
-        max_new_tokens=48,
     )
     sync = WeightSync(parity_sequences=8)
     weights: list[dict[str, torch.Tensor]] = []

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from copris_testing import SomePrompts
+from some_rewards import parity
 
 import copris_lightning
+from copris_lightning import Scoring, Task
 from copris_lightning.__main__ import main
 from copris_lightning.core.estimator import corrections, losses, penalties, ratios
-from copris_lightning.datamodules.settings import RolloutSettings
 from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.engines.simulated import Faults, LengthModel, SimulatedEngine, StepTime
 from copris_lightning.errors import ConfigurationError
@@ -26,7 +28,7 @@ SCHEDULE = f"{MODEL}.lr_scheduler=torch.optim.lr_scheduler.LinearLR"
 
 VALUES = [
     # What the parser itself refuses, at any depth.
-    ([f"{DATA}.cap=abc"], "data.init_args.cap=abc must be a whole number"),
+    ([f"{DATA}.flow.cap=abc"], "data.init_args.flow.cap=abc must be a whole number"),
     (
         [f"{DATA}.engine.init_args.step_time.t0=abc"],
         "data.init_args.engine.init_args.step_time.t0=abc must be a number",
@@ -37,22 +39,28 @@ VALUES = [
         "data.init_args.engine.init_args.nope: there is no such setting",
     ),
     (
-        [f"{DATA}.max_staleness=abc"],
-        "data.init_args.max_staleness=abc must be a whole number or null",
+        [f"{DATA}.flow.max_staleness=abc"],
+        "data.init_args.flow.max_staleness=abc must be a whole number or null",
     ),
     (
-        [f"{DATA}.behavior_logprobs=x"],
-        "data.init_args.behavior_logprobs=x must be trainer or engine",
+        [f"{DATA}.flow.behavior_logprobs=x"],
+        "data.init_args.flow.behavior_logprobs=x must be trainer or engine",
     ),
     (["--seed_everything=abc"], "seed_everything=abc must be true or false or a whole number"),
-    ([f"{DATA}.reward=nope.Nope"], "data.init_args.reward: No module named 'nope'"),
+    (
+        [f"{DATA}.task.scoring.reward=nope.Nope"],
+        "data.init_args.task.scoring.reward: No module named 'nope'",
+    ),
     (
         [f"{DATA}.engine.init_args.lengths={{median: 1, median: 2}}"],
         "median stands twice; leave one",
     ),
     # Null where it is no value, also within classes and where the parser has nulls of its own.
-    ([f"{DATA}.cap=null"], "data.init_args.cap=null must be a whole number"),
-    ([f"{DATA}.truncated=null"], "data.init_args.truncated=null must be train or mask"),
+    ([f"{DATA}.flow.cap=null"], "data.init_args.flow.cap=null must be a whole number"),
+    (
+        [f"{DATA}.credit.truncated=null"],
+        "data.init_args.credit.truncated=null must be train or mask",
+    ),
     (
         [f"{DATA}.engine.init_args.lengths.median=null"],
         "engine.init_args.lengths.median=null must be a number",
@@ -62,8 +70,8 @@ VALUES = [
         "model.init_args.optimizer.init_args.lr must be a number",
     ),
     (
-        ['--config={"data": {"init_args": {"cap": null}}}'],
-        "init_args.cap=null must be a whole",
+        ['--config={"data": {"init_args": {"flow": {"cap": null}}}}'],
+        "init_args.flow.cap=null must be a whole",
     ),
     (
         ['--config={"trainer": {"max_steps": null}}'],
@@ -75,10 +83,13 @@ VALUES = [
     (["--seed_everything=null"], "seed_everything=null must be true or false or a whole"),
     # Misspelt keys, and class paths that are none.
     ([f"{MODEL}.optimizer.init_args.nope=3"], "optimizer.init_args.nope: there is no such setting"),
-    ([f"{DATA}.reward.init_args.nope=3"], "reward.init_args.nope: there is no such setting"),
     (
-        [f"{DATA}.sampling={{stops: [a]}}"],
-        "data.init_args.sampling.stops: there is no such setting",
+        [f"{DATA}.task.scoring.reward.init_args.nope=3"],
+        "reward.init_args.nope: there is no such setting",
+    ),
+    (
+        [f"{DATA}.task.sampling={{stops: [a]}}"],
+        "data.init_args.task.sampling.stops: there is no such setting",
     ),
     ([f"{MODEL}.optimizer.class_path=3"], "optimizer.* must be the path of a class: module.Class"),
     (["--trainer.callbacks=[{class_path: Nope}]"], "class_path=Nope: it must be the path of a cl"),
@@ -102,10 +113,19 @@ VALUES = [
     (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1.* must be a number above 0"),
     (["--trainer.gradient_clip_val=.nan"], "trainer.gradient_clip_val=nan must be a number above"),
     # Numbers that no machine holds.
-    ([f"{DATA}.cap=1000000000000"], "data.init_args.cap=1000000000000: .* do not fit this machine"),
-    ([f"{DATA}.batch_groups=1000000000000"], "batch_groups=1000000000000 x .* do not fit"),
-    ([f"{DATA}.val_samples=1000000000000"], "val_samples=1000000000000: .* do not fit"),
-    ([f"{DATA}.reward_workers=1000000000000"], "reward_workers=1000000000000 must be at most"),
+    (
+        [f"{DATA}.flow.cap=1000000000000"],
+        "data.init_args.flow.cap=1000000000000: .* do not fit this machine",
+    ),
+    ([f"{DATA}.batch.groups=1000000000000"], "batch.groups=1000000000000 x .* do not fit"),
+    (
+        [f"{DATA}.evaluations={{a: {{prompts: copris_testing.SomePrompts, samples: {10**12}}}}}"],
+        "data.init_args.evaluations.a.samples=1000000000000: .* do not fit",
+    ),
+    (
+        [f"{DATA}.task.scoring.workers=1000000000000"],
+        "init_args.task.scoring.workers=1000000000000 must be at most",
+    ),
 ]
 
 
@@ -144,8 +164,8 @@ FILES = [
     ("- a\n- b\n", r"--config bad.yaml: the file holds no settings"),
     ("a: [1,\n", r"--config bad.yaml: line 2: "),
     (
-        "data:\n  init_args:\n    cap: 64\n    cap: 32\n",
-        r"data.init_args.cap stands twice, in lines 3",
+        "data:\n  init_args:\n    seed: 64\n    seed: 32\n",
+        r"data.init_args.seed stands twice, in lines 3",
     ),
     ("trainer: {max_steps: 1}\ndata: {}\ntrainer: {}\n", r"trainer stands twice, in lines 1 and 3"),
     (
@@ -153,7 +173,10 @@ FILES = [
         r"trainer.callbacks\[0\].class_path stands twice",
     ),
     ("data: {init_args: {seed: 5}}\n", "seed=5 has no effect: seed_everything decides it"),
-    ("data: {init_args: {cap: abc}}\n", r"data.init_args.cap=abc must be a whole number"),
+    (
+        "data: {init_args: {flow: {cap: abc}}}\n",
+        r"data.init_args.flow.cap=abc must be a whole number",
+    ),
 ]
 
 
@@ -172,7 +195,7 @@ def test_a_file_of_bytes_that_are_no_text_is_one_line(run: Any) -> None:
 def float_settings() -> list[tuple[type, str]]:
     """Every setting that is a number with a fraction, of every class that YAML can name."""
     classes = [getattr(copris_lightning, name) for name in copris_lightning.__all__]
-    classes += [LengthModel, StepTime, Faults, RolloutSettings]
+    classes += [LengthModel, StepTime, Faults]
     for module in (losses, corrections, penalties, ratios):
         classes += [c for _, c in inspect.getmembers(module, dataclasses.is_dataclass)]
     found = []
@@ -186,37 +209,20 @@ def float_settings() -> list[tuple[type, str]]:
 
 @pytest.mark.parametrize(("cls", "name"), float_settings(), ids=lambda v: getattr(v, "__name__", v))
 def test_no_setting_takes_what_is_no_number(cls: type, name: str, tiny_checkpoint: Path) -> None:
+    task = Task(SomePrompts(1), Scoring(parity))
     needed: dict[str, Any] = {
         "model": str(tiny_checkpoint),
-        "prompts": [],
-        "reward": print,
+        "prompts": SomePrompts(1),
+        "reward": parity,
+        "scoring": task.scoring,
+        "task": task,
         "engine": SimulatedEngine(),
         "urls": ["http://127.0.0.1:8000"],
-    }
-    whole = {
-        "cap": 1,
-        "batch_groups": 1,
-        "group_size": 2,
-        "max_prompt_tokens": 1,
-        "max_new_tokens": 1,
-        "behavior_logprobs": "trainer",
-        "max_staleness": None,
-        "updates_per_batch": 1,
-        "score_batch_tokens": 1,
-        "val_samples": 1,
-        "truncated": "train",
-        "max_dropped_groups": None,
-        "drop_zero_variance": False,
-        "seed": 0,
-        "temperature": 1.0,
-        "val_temperature": 1.0,
-        "overlong_cushion": 0.0,
-        "max_quarantined": 0.0,
     }
     arguments = {}
     for parameter in inspect.signature(cls).parameters.values():
         if parameter.default is parameter.empty and parameter.name != name:
-            arguments[parameter.name] = {**needed, **whole}[parameter.name]
+            arguments[parameter.name] = needed[parameter.name]
 
     def use() -> None:
         made: Any = cls(**arguments, **{name: math.nan})

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from holding import PLACES
+
 from runs import Run, quickstart
 
 IN_THE_ENGINE = ("boot", "sync", "stage")
@@ -37,7 +38,7 @@ def run_held(tiny_checkpoint: Path, tmp_path: Path) -> Iterator[object]:
     def start(place: str, *, sigint_ignored: bool) -> Run:
         marker = tmp_path / "marker"
         holding = ["--model", "holding.HoldingModule"]
-        for name, value in (("engine", "Engine"), ("reward", "Reward")):
+        for name, value in (("engine", "Engine"), ("task.scoring.reward", "Reward")):
             holding += [f"--data.init_args.{name}", f"holding.Holding{value}"]
         run = Run(
             quickstart(tiny_checkpoint, *holding, "--trainer.max_steps=1000"),
@@ -143,8 +144,11 @@ def test_a_development_run_ends_cleanly(tiny_checkpoint: Path, tmp_path: Path) -
 def test_an_exception_in_the_reward_ends_the_engine_too(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    reward = ["--data.init_args.reward=some_rewards.FailingReward"]
-    run = Run(quickstart(tiny_checkpoint, *reward, "--data.init_args.reward.after=4"), tmp_path)
+    reward = ["--data.init_args.task.scoring.reward=some_rewards.FailingReward"]
+    run = Run(
+        quickstart(tiny_checkpoint, *reward, "--data.init_args.task.scoring.reward.after=4"),
+        tmp_path,
+    )
     assert run.wait() == 1
     assert "RewardError: the reward of prompt 'add-" in run.output()
     assert "KeyError('the answer is missing')" in run.output()

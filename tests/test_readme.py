@@ -57,7 +57,7 @@ def test_the_readmes_run_trains_and_its_resume_line_continues_the_ledger(home: P
 @pytest.mark.boots(2)
 def test_the_same_on_vllm_with_two_reward_workers(home: Path) -> None:
     lay_traps(home)
-    options = ("--data.init_args.reward_workers=2",)
+    options = ("--data.init_args.task.scoring.workers=2",)
     fit_and_resume(home, *options, VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="WARNING")
 
 
@@ -79,7 +79,10 @@ def test_other_ranks_find_modules_of_the_directory_too(home: Path) -> None:
     (home / "my_run.yaml").write_text(
         yaml.replace("{class_path: my_task.ExactMatch}", "my_task.score")
     )
-    options = ("--data.init_args.prompts=my_package.data.prompts.Mine", "--trainer.max_steps=2")
+    options = (
+        "--data.init_args.task.prompts=my_package.data.prompts.Mine",
+        "--trainer.max_steps=2",
+    )
     ddp = f"{FIT} --config configs/overlays/ddp.yaml"
     done = run(ddp, home, *SMALL, SIMULATED, *options)
     assert done.returncode == 0, done.stderr[-3000:]

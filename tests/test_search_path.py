@@ -42,10 +42,10 @@ def score(response, prompt):
 WORKERS = """
 import asyncio, os
 from copris_lightning.search_path import SAFE_PATH, SET_HERE, append_working_directory
-from copris_lightning.rollout.rewards import Prompt, RewardScorer
+from copris_lightning.rollout.rewards import Prompt, RewardScorer, Scoring
 
 async def main():
-    scorer = RewardScorer(my_task.score, workers=2)
+    scorer = RewardScorer(Scoring(my_task.score, workers=2))
     os.environ[SAFE_PATH] = SET_HERE  # as while the engine boots
     await scorer.start()
     print(await scorer("", Prompt("a", text="b")))

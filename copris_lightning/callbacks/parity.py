@@ -126,7 +126,8 @@ class ParityProbe:
         """The better of before and after the first sync, and no more than noise can be."""
         before = self._before or after
         theirs = getattr(data.engine, "dtype", None)
-        ours = getattr(trainer.lightning_module, "dtype_name", None)
+        precision = getattr(trainer.lightning_module, "precision", None)
+        ours = getattr(precision, "dtype", None)
         is_exact = (
             theirs == ours == "float32"
             and str(trainer.precision) == "32-true"
@@ -220,7 +221,7 @@ def check_repeatable(trainer: L.Trainer, data: RolloutDataModule, module: Any) -
             return
         culprit = first_random_module(model, lambda: score(trainer, batch))
     raise ConfigurationError(
-        f"model.init_args.model={module.model!r} draws random numbers in training mode: asked "
+        f"model={module.model!r} draws random numbers in training mode: asked "
         f"twice about prompt {names[0]!r} and others, its log-probs differ by up to {found:.3g} "
         f"nats, from {culprit} on. The engine draws none, so that no importance ratio would mean "
         "anything; set its rates of dropout or noise to 0 in the checkpoint's config.json"
@@ -239,7 +240,7 @@ def _probe(data: RolloutDataModule, count: int) -> tuple[list[str], list[list[in
 
 
 def _as_batch(sequences: Sequence[Sequence[int]]) -> MicroBatch:
-    """Whole sequences as responses to their first token, at temperature 1."""
+    """Whole sequences as responses to their first token, under the model's own distribution."""
     rows = []
     for i, tokens in enumerate(sequences):
         segment = Segment(0, list(tokens[1:]), [0.0] * (len(tokens) - 1))

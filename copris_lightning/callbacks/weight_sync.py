@@ -92,14 +92,15 @@ class WeightSync(L.Callback):
         """
         check_strategy(trainer)
         theirs = getattr(datamodule(trainer).engine, "dtype", None)
-        ours = getattr(trainer.lightning_module, "dtype_name", theirs)
+        precision = getattr(trainer.lightning_module, "precision", None)
+        ours = getattr(precision, "dtype", theirs)
         tolerance = self.parity_tolerance
         if tolerance is None or tolerance == "auto":
             return
         if theirs not in (None, ours) and tolerance < _MIXED_TOLERANCE:
             raise ConfigurationError(
-                f"data.init_args.engine.init_args.engine_args.dtype={theirs} is not "
-                f"model.init_args.dtype={ours}: log-probs will differ by more than "
+                f"engine.engine_args.dtype={theirs} is not "
+                f"precision.dtype={ours}: log-probs will differ by more than "
                 f"WeightSync.parity_tolerance={tolerance}; set the same dtype, or the tolerance "
                 f"to auto or {_MIXED_TOLERANCE} and more"
             )

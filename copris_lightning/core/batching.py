@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from copris_lightning.core.estimator.normalization import UpdateTotals
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import LogprobSource, Trajectory
 
 NO_TOTALS = UpdateTotals(trajectories=0, tokens=0, max_new_tokens=1)
@@ -37,7 +38,7 @@ class MicroBatch:
         proximal_logprobs: ``[B, R]``, 0 at padding; ``None`` unless asked for.
         names: ``[B]``, what to call each trajectory in messages.
         policy_version: the version being trained.
-        temperature: of the distribution the tokens were sampled from.
+        sampling: how the tokens were drawn.
         totals: of the whole optimizer step, over all ranks.
         quarantine_limit: trajectories of the batch that may turn out not finite on a rank while
             it is trained on.
@@ -56,7 +57,7 @@ class MicroBatch:
     proximal_logprobs: Tensor | None = None
     names: list[str] = field(default_factory=list)
     policy_version: int = 0
-    temperature: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
     totals: UpdateTotals = NO_TOTALS
     quarantine_limit: int = 0
     is_last: bool = False
@@ -81,6 +82,20 @@ class MicroBatch:
     def loss_mask(self) -> Tensor:
         """True at the response tokens that count, ``[B, R]``."""
         return self.response_mask & self.included[:, None]
+
+    def to(self, device: Any, **options: Any) -> MicroBatch:
+        """On another device; the options are those of :meth:`torch.Tensor.to`.
+
+        Lightning calls this where there is such a method, and else copies each field, settings
+        among them.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device, **options)
+            for name, value in values.items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
     def rows(self, keep: Tensor) -> MicroBatch:
         """Only some of the trajectories.
@@ -138,7 +153,7 @@ def collate(
     *,
     source: LogprobSource | None,
     policy_version: int = 0,
-    temperature: float = 1.0,
+    sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     totals: UpdateTotals = NO_TOTALS,
     quarantine_limit: int = 0,
 ) -> MicroBatch:
@@ -148,7 +163,7 @@ def collate(
         trajectories: at least one, each with at least one prompt token.
         source: which log-probs are the behaviour's; ``None`` leaves zeros (for scoring).
         policy_version: the version being trained.
-        temperature: of the sampling distribution.
+        sampling: how the tokens were drawn.
         totals: of the whole optimizer step.
         quarantine_limit: see :class:`MicroBatch`.
 
@@ -181,7 +196,7 @@ def collate(
         proximal_logprobs=proximal,
         names=[t.name for t in trajectories],
         policy_version=policy_version,
-        temperature=temperature,
+        sampling=sampling,
         totals=totals,
         quarantine_limit=quarantine_limit,
     )

@@ -15,11 +15,15 @@ class EvaluationBatch:
     Attributes:
         rewards: ``[P, k]``, P prompts with k samples each.
         response_lengths: ``[P, k]``, in tokens.
+        name: of the evaluation.
+        pass_threshold: a sample passes with at least this reward.
         records: one plain dict per sample, as in the ledger.
     """
 
     rewards: Tensor
     response_lengths: Tensor
+    name: str
+    pass_threshold: float = 1.0
     records: list[dict[str, Any]] = field(default_factory=list)
 
 

@@ -20,8 +20,8 @@ class Segment:
     Attributes:
         version: the policy version that produced every token of the segment.
         token_ids: the tokens, in order.
-        logprobs: natural-log probabilities that the engine sampled them with (after
-            temperature), one per token; none if nobody asked for them (an evaluation).
+        logprobs: natural-log probabilities of the distribution that the engine sampled
+            from, one per token; none if nobody asked for them (an evaluation).
         trainer_logprobs: the same quantity recomputed by the trainer under the weights of
             ``version``; covers a prefix of the tokens, all of them once scored.
     """

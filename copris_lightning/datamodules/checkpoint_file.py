@@ -211,9 +211,9 @@ def _check_weights(name: str, saved: dict[str, tuple[int, ...]], module: Any) ->
         return
     expected = dict(module.expected_weights())
     ours = {weight: shape for weight, shape in saved.items() if weight.startswith("policy.")}
-    source = f"model.init_args.model={module.model!r}"
+    source = f"model={module.model!r}"
     if module.lora is not None:
-        source += " with model.init_args.lora"
+        source += " with lora"
     for weight, shape in expected.items():
         if weight in ours and ours[weight] != shape:
             raise _refusal(

@@ -16,7 +16,7 @@ from torch import nn
 
 from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.protocols import RunWriter, WeightSyncer
-from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.datamodules.settings import Flow
 from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.trainer_parts import (
@@ -51,21 +51,21 @@ def write_before_sync(trainer: Any) -> None:
     trainer.callbacks = [*others[:place], *writers, *others[place:]]
 
 
-def check_estimator(trainer: L.Trainer, settings: RolloutSettings) -> None:
+def check_estimator(trainer: L.Trainer, flow: Flow) -> None:
     """Refuse what would spoil the importance ratio, and ratios that will not be known."""
     precision = str(trainer.precision)
     if precision in ("16-true", "bf16-true"):
         raise ConfigurationError(
             f"trainer.precision={precision} would round log-probs and advantages; set it to "
-            "32-true or bf16-mixed, and model.init_args.dtype=bfloat16 for such weights"
+            "32-true or bf16-mixed, and precision.dtype=bfloat16 for such weights"
         )
     module: Any = trainer.lightning_module
     estimator = getattr(module, "estimator", None)
     if estimator is None:
         return  # WeightSync refuses the module
-    if estimator.needs_mismatch and settings.behavior_logprobs == "engine":
+    if estimator.needs_mismatch and flow.behavior_logprobs == "engine":
         raise ConfigurationError(
-            f"{KEY}.behavior_logprobs=engine: model.init_args.corrections of the mismatch "
+            "flow.behavior_logprobs=engine: estimator.corrections of the mismatch "
             "between engine and trainer need the trainer's log-probs too; set it to trainer"
         )
 
@@ -115,18 +115,16 @@ def check_optimizer(trainer: L.Trainer) -> None:
     try:
         optimizer = module.optimizer([nn.Parameter(torch.zeros(2, 2))])
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"model.init_args.optimizer: {error}") from error
+        raise ConfigurationError(f"optimizer: {error}") from error
     for name, value in optimizer.defaults.items():
         numbers = value if isinstance(value, tuple | list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise ConfigurationError(
-                f"model.init_args.optimizer.init_args.{name}={value} must be a finite number"
-            )
+            raise ConfigurationError(f"optimizer.{name}={value} must be a finite number")
     if module.lr_scheduler is not None:
         try:
             module.lr_scheduler(optimizer)
         except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise ConfigurationError(f"model.init_args.lr_scheduler: {error}") from error
+            raise ConfigurationError(f"lr_scheduler: {error}") from error
 
 
 def check_epochs(trainer: L.Trainer, shape: BatchShape, length: int) -> None:
@@ -148,7 +146,7 @@ def check_epochs(trainer: L.Trainer, shape: BatchShape, length: int) -> None:
     if overfit:
         raise ConfigurationError(
             f"trainer.overfit_batches={overfit}: prompts come from a stream, and no "
-            f"batch is trained on again; to overfit, give {KEY}.prompts with few of them"
+            f"batch is trained on again; to overfit, give task.prompts with few of them"
         )
     if is_dry_run(trainer):
         batches = dry_run_batches(trainer)
@@ -161,7 +159,7 @@ def check_epochs(trainer: L.Trainer, shape: BatchShape, length: int) -> None:
             f"trainer.limit_train_batches={limit} of {length} ends an epoch within a batch, at "
             f"micro-batch {planned}. A batch has {shape.per_batch} micro-batches "
             f"(trainer.accumulate_grad_batches={shape.micro_batches} x "
-            f"{KEY}.updates_per_batch={shape.updates}); give a multiple of {shape.per_batch}, "
+            f"batch.updates={shape.updates}); give a multiple of {shape.per_batch}, "
             f"such as {max(1, planned // shape.per_batch) * shape.per_batch}"
         )
     check = trainer.val_check_interval

@@ -17,7 +17,7 @@ from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.prompts.stream import PromptStream
-from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.datamodules.settings import RolloutSettings
 from copris_lightning.errors import ConfigurationError
 
 LAYOUT = 3
@@ -32,8 +32,6 @@ class Continuity:
         settings: the rollout's numbers.
         shape: how batches are divided.
         stop_token_ids: tokens that end a response.
-        reward: the reward's name; what it computes cannot be compared.
-        special_tokens: whether the reward sees them.
         prompts: the training prompts.
         identity: of these.
     """
@@ -41,20 +39,18 @@ class Continuity:
     settings: RolloutSettings
     shape: BatchShape
     stop_token_ids: tuple[int, ...]
-    reward: str
-    special_tokens: str
     prompts: PromptStream
     identity: DataIdentity
 
     def new_buffer(self) -> CarryOverBuffer:
         """An empty buffer for this run."""
         return CarryOverBuffer(
-            limit=self.settings.cap,
-            group_size=self.settings.group_size,
-            batch_groups=self.settings.batch_groups,
-            max_new_tokens=self.settings.max_new_tokens,
+            limit=self.settings.flow.cap,
+            group_size=self.settings.batch.group_size,
+            batch_groups=self.settings.batch.groups,
+            max_new_tokens=self.settings.task.sampling.max_new_tokens,
             stop_token_ids=self.stop_token_ids,
-            max_staleness=self.settings.max_staleness,
+            max_staleness=self.settings.flow.max_staleness,
         )
 
     @property
@@ -66,7 +62,7 @@ class Continuity:
         """Say which values of the prompts could change without being noticed."""
         if self.identity.opaque:
             warnings.warn(
-                f"{KEY}.prompts hold values of {', '.join(self.identity.opaque)}, which have no "
+                f"task.prompts hold values of {', '.join(self.identity.opaque)}, which have no "
                 "canonical form: a run that is resumed cannot tell whether they are the same",
                 stacklevel=2,
             )
@@ -79,9 +75,9 @@ class Continuity:
             "data": self.identity.state_dict(),
             "seed": self.settings.seed,
             "sampling": self._sampling,
-            "behavior_logprobs": self.settings.behavior_logprobs,
-            "reward": self.reward,
-            "special_tokens": self.special_tokens,
+            "behavior_logprobs": self.settings.flow.behavior_logprobs,
+            "reward": self.settings.task.scoring.name,
+            "special_tokens": self.settings.task.template.special_tokens,
         }
 
     def check(self, state: dict[str, Any]) -> None:
@@ -101,12 +97,12 @@ class Continuity:
             raise ConfigurationError(
                 f"the checkpoint was taken within a batch of {state['parts']} (ranks, updates, "
                 f"micro-batches); this run divides it into {self.parts}: keep trainer.devices, "
-                f"trainer.accumulate_grad_batches and {KEY}.updates_per_batch for this batch"
+                f"trainer.accumulate_grad_batches and batch.updates for this batch"
             )
         try:
             self.new_buffer().load_state_dict(state["buffer"])
         except ValueError as error:
-            raise ConfigurationError(f"{KEY}: {error}") from error
+            raise ConfigurationError(str(error)) from error
 
     def _check_prompts(self, state: dict[str, Any]) -> None:
         difference = self.identity.difference(
@@ -114,7 +110,7 @@ class Continuity:
         )
         if difference is not None:
             raise ConfigurationError(
-                f"{KEY}.prompts are not those that the checkpoint was saved with: {difference}. "
+                f"task.prompts are not those that the checkpoint was saved with: {difference}. "
                 "Its place among them and its unfinished responses belong to those; give them "
                 "again, in the same order, or start a new run (without ckpt_path)"
             )
@@ -126,27 +122,29 @@ class Continuity:
         if begun:
             held = f"{len(begun)} responses that it holds"
             for name, value in self._sampling.items():
-                self._same(name, state["sampling"].get(name), value, held)
+                self._same(f"task.sampling.{name}", state["sampling"].get(name), value, held)
         unscored = any(
             len(s["trainer_logprobs"]) < len(s["token_ids"]) for r in begun for s in r["segments"]
         )
-        was, now = state["behavior_logprobs"], self.settings.behavior_logprobs
+        was, now = state["behavior_logprobs"], self.settings.flow.behavior_logprobs
         if unscored and was == "engine" and now == "trainer":
-            self._same("behavior_logprobs", was, now, "responses begun under older weights")
+            self._same("flow.behavior_logprobs", was, now, "responses begun under older weights")
         scored = sum(row["reward"] is not None for row in rows)
         if scored:
             held = f"{scored} responses of its groups"
-            self._same("reward", state["reward"], self.reward, held)
+            task = self.settings.task
+            self._same("task.scoring.reward", state["reward"], task.scoring.name, held)
             shown = state["special_tokens"]
-            self._same("template.special_tokens", shown, self.special_tokens, held)
+            name = "task.template.special_tokens"
+            self._same(name, shown, task.template.special_tokens, held)
 
     @property
     def _sampling(self) -> dict[str, Any]:
-        """What decides how a token is drawn and when a response ends, by YAML key."""
+        """What decides how a token is drawn and when a response ends, by setting."""
         return {
-            "temperature": self.settings.temperature,
+            **self.settings.task.sampling.distribution,
             "stop_token_ids": list(self.stop_token_ids),
-            "sampling.stop": list(self.settings.sampling.stop),
+            "stop": list(self.settings.task.sampling.stop),
         }
 
     @staticmethod
@@ -154,7 +152,7 @@ class Continuity:
         if was != now:
             by = " (the config's seed_everything)" if name == "seed" else ""
             raise ConfigurationError(
-                f"{KEY}.{name}={now}{by} is not the checkpoint's {was}, which decided {what}; set "
+                f"{name}={now}{by} is not the checkpoint's {was}, which decided {what}; set "
                 "it to that, or start a new run (without ckpt_path)"
             )
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from copris_lightning.core.estimator.advantage import soft_overlong_penalty
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Trajectory
-from copris_lightning.datamodules.settings import KEY, RolloutSettings
+from copris_lightning.datamodules.settings import Advantage, Credit
 from copris_lightning.errors import ConfigurationError, QuarantineError
-
-Advantage = Callable[[Tensor], Tensor]
-"""Rewards ``[groups, G]`` to advantages of that shape; see ``core.estimator.advantage``."""
 
 
 def quarantine(groups: Sequence[PromptGroup], max_share: float) -> None:
@@ -35,15 +33,13 @@ def quarantine(groups: Sequence[PromptGroup], max_share: float) -> None:
         shown = "; ".join(f"{t.name}: {t.excluded}" for t in broken[:3])
         raise QuarantineError(
             f"{len(broken)} of the batch's {len(rows)} trajectories are not finite, more than "
-            f"{KEY}.max_quarantined={max_share} allows ({shown}). A reward that is not a finite "
-            f"number comes from {KEY}.reward; log-probs come from the model's weights and "
+            f"credit.max_quarantined={max_share} allows ({shown}). A reward that is not a finite "
+            "number comes from task.scoring.reward; log-probs come from the model's weights and "
             "precision. To resume with this batch, raise the share"
         )
 
 
-def set_advantages(
-    groups: Sequence[PromptGroup], advantage: Advantage, settings: RolloutSettings
-) -> None:
+def set_advantages(groups: Sequence[PromptGroup], credit: Credit, sampling: Sampling) -> None:
     """Fill in every trajectory's advantage from its group's rewards, and exclude truncated ones.
 
     Truncated responses are compared with their group like the others even where they are not
@@ -53,8 +49,8 @@ def set_advantages(
     usable = [[t for t in g.trajectories if not t.is_quarantined] for g in groups]
     for size in sorted({len(rows) for rows in usable if len(rows) > 1}):
         together = [rows for rows in usable if len(rows) == size]
-        rewards = [[_shaped(t, settings) for t in rows] for rows in together]
-        values = _checked(advantage, torch.tensor(rewards, dtype=torch.float64))
+        rewards = [[_shaped(t, credit, sampling) for t in rows] for rows in together]
+        values = _checked(credit.advantage, torch.tensor(rewards, dtype=torch.float64))
         for rows, row in zip(together, values.tolist(), strict=True):
             for trajectory, value in zip(rows, row, strict=True):
                 trajectory.advantage = value
@@ -63,7 +59,7 @@ def set_advantages(
             trajectory.advantage = 0.0
             continue
         trajectory.advantage = trajectory.advantage or 0.0
-        if settings.truncated == "mask" and trajectory.finish_reason == "length":
+        if credit.truncated == "mask" and trajectory.finish_reason == "length":
             trajectory.excluded = TRUNCATED
 
 
@@ -71,7 +67,7 @@ def _checked(advantage: Advantage, rewards: Tensor) -> Tensor:
     values = advantage(rewards).float()
     if values.shape != rewards.shape or not torch.isfinite(values).all():
         raise ConfigurationError(
-            f"{KEY}.advantage={getattr(advantage, '__name__', advantage)!r} turned rewards "
+            f"credit.advantage={getattr(advantage, '__name__', advantage)!r} turned rewards "
             f"{list(rewards.shape)} into advantages {list(values.shape)}"
             + ("" if values.shape != rewards.shape else ", not all of which are finite in fp32")
         )
@@ -84,14 +80,14 @@ def mean_reward(rows: Sequence[Trajectory]) -> float:
     return sum(rewards) / len(rewards) if rewards else math.nan
 
 
-def _shaped(trajectory: Trajectory, settings: RolloutSettings) -> float:
+def _shaped(trajectory: Trajectory, credit: Credit, sampling: Sampling) -> float:
     """The reward plus the soft penalty on long responses."""
     assert trajectory.reward is not None
-    if not settings.overlong_cushion:
+    if not credit.overlong_cushion:
         return trajectory.reward
     penalty = soft_overlong_penalty(
         torch.tensor(trajectory.response_length),
-        settings.max_new_tokens,
-        settings.overlong_cushion * settings.max_new_tokens,
+        sampling.max_new_tokens,
+        credit.overlong_cushion * sampling.max_new_tokens,
     )
     return trajectory.reward + float(penalty)

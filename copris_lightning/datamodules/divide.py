@@ -8,7 +8,9 @@ from dataclasses import dataclass
 
 from copris_lightning.core.batching import MicroBatch, collate, forward_cost, partition
 from copris_lightning.core.estimator.normalization import UpdateTotals
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import LogprobSource, PromptGroup, Trajectory
+from copris_lightning.datamodules.settings import BatchSize
 from copris_lightning.errors import ConfigurationError
 
 
@@ -42,12 +44,11 @@ class BatchShape:
         """
         return max(1, prompts // groups) * self.per_batch
 
-    def check(self, groups: int, group_size: int) -> None:
+    def check(self, batch: BatchSize) -> None:
         """Refuse a shape that would leave a micro-batch empty.
 
         Args:
-            groups: prompts per batch; updates get whole groups.
-            group_size: trajectories of each.
+            batch: of which updates get whole groups.
 
         Raises:
             ConfigurationError: too few trajectories in an update, or no micro-batch.
@@ -56,15 +57,14 @@ class BatchShape:
             raise ConfigurationError(
                 f"trainer.accumulate_grad_batches={self.micro_batches} must be at least 1"
             )
-        trajectories = (groups // self.updates) * group_size
+        trajectories = (batch.groups // self.updates) * batch.group_size
         parts = self.world_size * self.micro_batches
         if trajectories < parts:
             raise ConfigurationError(
                 f"an update of {trajectories} trajectories cannot fill {parts} micro-batches "
                 f"({self.world_size} ranks x trainer.accumulate_grad_batches="
                 f"{self.micro_batches}); lower accumulate_grad_batches or "
-                f"data.init_args.updates_per_batch={self.updates}, or raise "
-                f"data.init_args.batch_groups={groups}"
+                f"batch.updates={self.updates}, or raise batch.groups={batch.groups}"
             )
 
 
@@ -74,8 +74,7 @@ def divide(
     *,
     source: LogprobSource,
     policy_version: int,
-    temperature: float,
-    max_new_tokens: int,
+    sampling: Sampling,
     quarantine_limit: int = 0,
     metrics: dict[str, float],
     seed: int,
@@ -94,7 +93,9 @@ def divide(
     for update in range(shape.updates):
         dealt_rows = [t for group in dealt[update :: shape.updates] for t in group.trajectories]
         rows = [t for t in dealt_rows if t.excluded is None]
-        totals = UpdateTotals(len(rows), sum(t.response_length for t in rows), max_new_tokens)
+        totals = UpdateTotals(
+            len(rows), sum(t.response_length for t in rows), sampling.max_new_tokens
+        )
         parts = shape.world_size * shape.micro_batches
         excluded = sorted((t for t in dealt_rows if t.excluded is not None), key=sequence_length)
         rows += excluded[: max(0, parts - len(rows))]
@@ -104,7 +105,7 @@ def divide(
                 [rows[j] for j in indices],
                 source=source,
                 policy_version=policy_version,
-                temperature=temperature,
+                sampling=sampling,
                 totals=totals,
                 quarantine_limit=quarantine_limit,
             )

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from lightning.pytorch.utilities import rank_zero_warn
 
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
-from copris_lightning.datamodules.settings import KEY
 from copris_lightning.rollout.rewards import Prompt
 
 
@@ -69,7 +68,7 @@ class EqualRewards:
     def _warn(self, groups: Sequence[PromptGroup], what: str) -> None:
         self._is_done = True
         rank_zero_warn(
-            f"{KEY}.reward: {self._reward_name} {what} trajectories of the first "
+            f"task.scoring.reward: {self._reward_name} {what} trajectories of the first "
             f"{self._seen_batches} batches ({self._cut} of them reached max_new_tokens): equal "
             "rewards teach nothing. Is the answer what the reward compares with, in the same "
             "form? Are the prompts too hard, or too easy? For example, "

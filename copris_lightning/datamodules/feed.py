@@ -13,17 +13,11 @@ from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.datamodules.continuity import Continuity
-from copris_lightning.datamodules.credit import (
-    Advantage,
-    mean_reward,
-    quarantine,
-    set_advantages,
-)
+from copris_lightning.datamodules.credit import mean_reward, quarantine, set_advantages
 from copris_lightning.datamodules.divide import BatchShape, divide
 from copris_lightning.datamodules.equal_rewards import EqualRewards
 from copris_lightning.datamodules.ranks import Exchange
 from copris_lightning.datamodules.scoring import score_behavior, score_proximal
-from copris_lightning.datamodules.settings import KEY
 from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.engines.engine import Decoding, Resting
 from copris_lightning.errors import ConfigurationError
@@ -60,7 +54,6 @@ class TrainingStream:
         trainer: its module recomputes log-probs; its accumulation shapes the batches.
         session: the engine, on rank 0; ``None`` elsewhere.
         run: what identifies the rollout: prompts, settings, shape of batches.
-        advantage: rewards to advantages.
         exchange: between ranks.
         observer: called with every scheduler event, on the rollout thread.
     """
@@ -71,7 +64,6 @@ class TrainingStream:
         session: RolloutSession | None,
         run: Continuity,
         *,
-        advantage: Advantage,
         exchange: Exchange,
         observer: Callable[[Event], None],
     ) -> None:
@@ -83,7 +75,6 @@ class TrainingStream:
         self._prompts = run.prompts
         self._settings = settings = run.settings
         self._shape = run.shape
-        self._advantage = advantage
         self._exchange = exchange
         self._observer = observer
         self._micro_batches: list[MicroBatch] = []
@@ -107,18 +98,20 @@ class TrainingStream:
             self.scheduler = session.new_scheduler(
                 run.new_buffer(),
                 run.prompts,
-                decoding=Decoding(temperature=settings.temperature),
+                decoding=Decoding(settings.task.sampling),
                 seed=settings.seed,
                 name="train",
-                accept=ZeroVarianceFilter(settings.dropped_limit, session.reward_name)
-                if settings.drop_zero_variance
+                accept=ZeroVarianceFilter(
+                    settings.credit.dropped_limit(settings.batch), session.reward_name
+                )
+                if settings.credit.drop_zero_variance
                 else None,
                 observer=self._observe,
             )
 
     def __len__(self) -> int:
         """Micro-batches of an epoch: every prompt once, as far as full batches go."""
-        return self._shape.epoch(len(self._prompts), self._settings.batch_groups)
+        return self._shape.epoch(len(self._prompts), self._settings.batch.groups)
 
     @property
     def epoch(self) -> int:
@@ -202,13 +195,13 @@ class TrainingStream:
                 trajectories = [t for group in self.delivered for t in group.trajectories]
                 trajectories.extend(self.scheduler.buffer.trajectories())
         rolled_out = time.perf_counter()
-        if self._settings.behavior_logprobs == "trainer":
+        if self._settings.flow.behavior_logprobs == "trainer":
             score_behavior(
                 self._trainer,
                 trajectories,
                 self._exchange,
-                temperature=self._settings.temperature,
-                max_tokens=self._settings.score_batch_tokens,
+                sampling=self._settings.task.sampling,
+                max_tokens=self._settings.batch.score_tokens,
             )
         if self._needs_proximal:
             delivered = [t for group in self.delivered for t in group.trajectories]
@@ -216,15 +209,15 @@ class TrainingStream:
                 self._trainer,
                 None if trajectories is None else delivered,
                 self._exchange,
-                temperature=self._settings.temperature,
-                max_tokens=self._settings.score_batch_tokens,
+                sampling=self._settings.task.sampling,
+                max_tokens=self._settings.batch.score_tokens,
             )
         divided = None
         with self._exchange.leading():
             if trajectories is not None:
                 self._equal_rewards(self.delivered)
-                quarantine(self.delivered, self._settings.max_quarantined)
-                set_advantages(self.delivered, self._advantage, self._settings)
+                quarantine(self.delivered, self._settings.credit.max_quarantined)
+                set_advantages(self.delivered, self._settings.credit, self._settings.task.sampling)
             self.batch_index += 1
             self._position, self._first_step = 0, self._trainer.global_step
             if trajectories is not None:
@@ -256,9 +249,9 @@ class TrainingStream:
         """The trainer can only score tokens made with the weights that it has."""
         assert self.scheduler is not None
         is_stale = self._trained and self.scheduler.buffer.version == self._policy_version
-        if is_stale and self._settings.behavior_logprobs == "trainer":
+        if is_stale and self._settings.flow.behavior_logprobs == "trainer":
             raise ConfigurationError(
-                f"{KEY}.behavior_logprobs=trainer needs a weight sync after every batch, and there "
+                "flow.behavior_logprobs=trainer needs a weight sync after every batch, and there "
                 f"was none after batch {self.batch_index}; set it to engine, or sync"
             )
 
@@ -266,15 +259,10 @@ class TrainingStream:
         return divide(
             self.delivered,
             self._shape,
-            source=self._settings.behavior_logprobs,
+            source=self._settings.flow.behavior_logprobs,
             policy_version=self._policy_version,
-            temperature=self._settings.temperature,
-            max_new_tokens=self._settings.max_new_tokens,
-            quarantine_limit=int(
-                self._settings.max_quarantined
-                * self._settings.batch_groups
-                * self._settings.group_size
-            ),
+            sampling=self._settings.task.sampling,
+            quarantine_limit=self._settings.credit.quarantine_limit(self._settings.batch),
             metrics=self._metrics,
             seed=self.batch_index,
         )
@@ -363,7 +351,7 @@ class TrainingStream:
         if self._needs_proximal and not any(t.proximal_logprobs for t in rows):
             raise ConfigurationError(
                 "the checkpoint was taken within a batch whose proximal log-probs were not "
-                "computed; set model.init_args.ratio.init_args.proximal=loglinear for this "
+                "computed; set estimator.ratio.proximal=loglinear for this "
                 "batch, or resume from another checkpoint"
             )
         return self._divide()

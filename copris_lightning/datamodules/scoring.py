@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import lightning as L
 
 from copris_lightning.core.batching import collate, split_by_tokens
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.divide import sequence_length
 from copris_lightning.datamodules.ranks import Exchange
@@ -19,7 +20,7 @@ def score_behavior(
     trajectories: Sequence[Trajectory] | None,
     exchange: Exchange,
     *,
-    temperature: float,
+    sampling: Sampling,
     max_tokens: int,
 ) -> None:
     """Fill in the trainer's log-probs of every token that has none yet.
@@ -31,7 +32,7 @@ def score_behavior(
         trainer: holds the policy; see :func:`copris_lightning.policy.sharding.score`.
         trajectories: rank 0's; those without new tokens are passed over. Others give ``None``.
         exchange: between ranks.
-        temperature: of the distribution sampled from.
+        sampling: how the tokens were drawn.
         max_tokens: padded tokens per forward pass.
     """
     new = [t for t in trajectories or () if t.unscored_tokens()]
@@ -39,7 +40,7 @@ def score_behavior(
         trainer,
         None if trajectories is None else new,
         exchange,
-        temperature=temperature,
+        sampling=sampling,
         max_tokens=max_tokens,
     )
     for trajectory, values in zip(new, scores, strict=True):
@@ -51,16 +52,14 @@ def score_proximal(
     trajectories: Sequence[Trajectory] | None,
     exchange: Exchange,
     *,
-    temperature: float,
+    sampling: Sampling,
     max_tokens: int,
 ) -> None:
     """Fill in the log-probs of all tokens under the weights that training starts from now.
 
     Arguments as :func:`score_behavior`.
     """
-    scores = _forward(
-        trainer, trajectories, exchange, temperature=temperature, max_tokens=max_tokens
-    )
+    scores = _forward(trainer, trajectories, exchange, sampling=sampling, max_tokens=max_tokens)
     for trajectory, values in zip(trajectories or (), scores, strict=True):
         trajectory.proximal_logprobs = values
 
@@ -70,16 +69,14 @@ def _forward(
     rows: Sequence[Trajectory] | None,
     exchange: Exchange,
     *,
-    temperature: float,
+    sampling: Sampling,
     max_tokens: int,
 ) -> list[list[float]]:
     """The trainer's log-probs of each response, on rank 0; the others help and get nothing."""
     runs = split_by_tokens([sequence_length(t) for t in rows or ()], max_tokens)
     shares = None
     if rows is not None:
-        batches = [
-            collate([rows[i] for i in run], source=None, temperature=temperature) for run in runs
-        ]
+        batches = [collate([rows[i] for i in run], source=None, sampling=sampling) for run in runs]
         # Each rank computes equally often: with split weights they can only do it together.
         while len(batches) % exchange.world_size:
             batches.append(batches[0].placeholder())

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import FinishReason
 from copris_lightning.weights.adapter import AdapterShape
 from copris_lightning.weights.transport import Run, Weights
@@ -19,17 +20,14 @@ class Decoding:
     """How an engine chooses tokens; the same for all requests of a scheduler.
 
     Attributes:
-        temperature: 0 for greedy decoding, which depends on no seed.
-        stop_token_ids: tokens that end the response (the stop token is part of it).
-        top_p: sample from the fewest tokens whose probabilities add up to it; 1 for all.
-        top_k: sample from the k most likely tokens; 0 for all.
+        sampling: from which distribution; greedy decoding depends on no seed.
+        stop_token_ids: tokens that end the response, the model's own ends among them (the stop
+            token is part of it).
         logprobs: whether chunks bring log-probs; they cost an engine time.
     """
 
-    temperature: float = 1.0
+    sampling: Sampling = field(default_factory=Sampling)
     stop_token_ids: tuple[int, ...] = ()
-    top_p: float = 1.0
-    top_k: int = 0
     logprobs: bool = True
 
 
@@ -59,7 +57,7 @@ class Chunk:
 
     Attributes:
         token_ids: in order; may be empty.
-        logprobs: natural log, of the distribution sampled from (after temperature); ``None`` if
+        logprobs: natural log, of the distribution sampled from; ``None`` if
             the request asked for none.
         version: the policy version of the weights that produced them.
         finish_reason: set on a request's last chunk.
@@ -144,7 +142,7 @@ class Engine(Protocol):
         ...
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
-        """Log-probs at temperature 1 of each sequence's tokens after its first.
+        """Log-probs under the model's own distribution of each sequence's tokens after its first.
 
         Returns:
             one list of ``len(sequence) - 1`` values per sequence, or ``None`` from an engine

@@ -29,7 +29,6 @@ from copris_lightning.weights.files import check_hand_over, handed_over
 
 T = TypeVar("T")
 
-KEY = "data.init_args.engine.init_args"
 API_KEY_VARIABLE = "VLLM_API_KEY"
 """Holds the servers' key, if they ask for one; vLLM's servers read it from there, too."""
 
@@ -95,30 +94,24 @@ class VLLMServerEngine:
             ConfigurationError: names the setting that cannot work.
         """
         if spec.adapter is not None:
-            raise ConfigurationError(
-                "model.init_args.lora.sync=adapter: servers take whole weights only; set sync=merge"
-            )
+            raise ConfigurationError("servers take whole weights only; set lora.sync=merge")
         if not self.urls:
-            raise ConfigurationError(f"{KEY}.urls=[] names no server")
+            raise ConfigurationError("urls=[] names no server")
         for url in self.urls:
             parts = urlsplit(url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ConfigurationError(
-                    f"{KEY}.urls: {url!r} is no URL such as http://127.0.0.1:8000"
-                )
+                raise ConfigurationError(f"urls: {url!r} is no URL such as http://127.0.0.1:8000")
         if len(set(self.urls)) < len(self.urls):
-            raise ConfigurationError(f"{KEY}.urls={self.urls} names a server twice")
+            raise ConfigurationError(f"urls={self.urls} names a server twice")
         for name in ("connect_timeout_s", "stall_timeout_s", "sync_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
-                raise ConfigurationError(
-                    f"{KEY}.{name}={getattr(self, name)} must be a number above 0"
-                )
+                raise ConfigurationError(f"{name}={getattr(self, name)} must be a number above 0")
         check_hand_over(self.sync_directory)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = spec.max_num_seqs + _OTHER_FILES
         if files != resource.RLIM_INFINITY and files < needed:
             raise ConfigurationError(
-                f"data.init_args.cap={spec.max_num_seqs} takes as many connections to the "
+                f"a flow.cap of {spec.max_num_seqs} takes as many connections to the "
                 f"servers, but this process may open {files} files: run `ulimit -n {needed}` first"
             )
 
@@ -147,7 +140,7 @@ class VLLMServerEngine:
         at_once = sum(fact.max_num_seqs for fact in facts)
         if at_once < spec.max_num_seqs:
             _log.warning(
-                f"data.init_args.cap={spec.max_num_seqs} trajectories are in flight, but the "
+                f"flow.cap={spec.max_num_seqs} trajectories are in flight, but the "
                 f"servers generate {at_once} at once (per data-parallel rank) and the others "
                 "wait: start them with a larger --max-num-seqs"
             )
@@ -160,9 +153,7 @@ class VLLMServerEngine:
         while True:
             server = min(self._live(), key=lambda live: live.in_flight)
             params = {
-                "temperature": decoding.temperature,
-                "top_p": decoding.top_p,
-                "top_k": decoding.top_k,
+                **decoding.sampling.distribution,
                 "logprobs": 0 if decoding.logprobs else None,
                 "max_tokens": end - len(tokens),
                 # Only what is asked for ends a response, as in VLLMEngine.
@@ -191,8 +182,8 @@ class VLLMServerEngine:
         self._version = version
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
-        """Log-probs at temperature 1 by the servers' prefill. They take turns, so that each is
-        probed sooner or later. See :class:`Engine`."""
+        """Log-probs of the model's own distribution by the servers' prefill. They take turns, so
+        that each is probed sooner or later. See :class:`Engine`."""
 
         async def one(tokens: Sequence[int]) -> list[float]:
             while True:
@@ -232,7 +223,7 @@ class VLLMServerEngine:
             ConfigurationError: it does not answer, or is not what the run needs.
         """
         assert self._spec is not None
-        name = f"{KEY}.urls: {server.url}"
+        name = f"urls: {server.url}"
         port = urlsplit(server.url).port or 80
         code = " --trust-remote-code" if self._spec.trust_remote_code else ""
         start = f"start it with `copris serve --model {self._spec.model} --port {port}{code}`"
@@ -248,7 +239,7 @@ class VLLMServerEngine:
             raise ConfigurationError(f"{name} is no vLLM server; {start}") from error
         if not facts.sees_file:
             raise ConfigurationError(
-                f"{KEY}.sync_directory={self.sync_directory!r}: {server.url} does not see {path}, "
+                f"sync_directory={self.sync_directory!r}: {server.url} does not see {path}, "
                 "which was just written; name a directory that trainer and servers share"
             )
         problem = _problem(facts, self._spec)
@@ -278,7 +269,7 @@ class VLLMServerEngine:
         live = [server for server in self._servers if server.lost is None]
         if not live:
             reasons = "; ".join(server.lost or "" for server in self._servers) or "not started"
-            raise EngineError(f"no server of {KEY}.urls={self.urls} is left: {reasons}")
+            raise EngineError(f"no server of engine.urls={self.urls} is left: {reasons}")
         return live
 
     async def _on_all(self, work: Callable[[VLLMServer], Awaitable[None]]) -> None:
@@ -297,11 +288,11 @@ class VLLMServerEngine:
 def _problem(facts: ServerFacts, spec: EngineSpec) -> str | None:
     """What keeps a server from being the engine of a run."""
     if not facts.models & {spec.model, os.path.realpath(spec.model)}:
-        return f"serves {sorted(facts.models)}, not model.init_args.model={spec.model!r}"
+        return f"serves {sorted(facts.models)}, not model={spec.model!r}"
     if facts.max_model_len < spec.max_model_len:
         return (
             f"takes {facts.max_model_len} tokens, {spec.max_model_len} are needed for "
-            "data.init_args.max_prompt_tokens and max_new_tokens (--max-model-len)"
+            "task.max_prompt_tokens and task.sampling.max_new_tokens (--max-model-len)"
         )
     if facts.logprobs_mode != "processed_logprobs":
         return f"returns {facts.logprobs_mode}, not those of the sampled distribution"

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import aiohttp
 
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import FinishReason
 from copris_lightning.errors import EngineError, WeightSyncError
 from copris_lightning.weights.arrival import fault
@@ -162,9 +163,9 @@ class VLLMServer:
             self.in_flight -= 1
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
-        """Log-probs at temperature 1 of the tokens after the first."""
+        """Log-probs under the model's own distribution of the tokens after the first."""
         params = {
-            "temperature": 1.0,
+            **Sampling().distribution,
             "max_tokens": 1,
             "prompt_logprobs": 0,
             "detokenize": False,

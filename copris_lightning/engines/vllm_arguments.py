@@ -12,18 +12,18 @@ from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.weights.adapter import AdapterShape
 
-_KEY = "engine.init_args.engine_args"
+_KEY = "engine_args"
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's ``max_lora_rank`` can be."""
 
 _OWN = {
-    "model": "model.init_args.model",
+    "model": "model",
     "logprobs_mode": "nothing: behaviour log-probs must be those of the sampled distribution",
     "worker_extension_cls": "nothing: weights are loaded through it",
-    "weight_transfer_config": "engine.init_args.transport",
-    "enable_sleep_mode": "engine.init_args.sleep_level",
-    "trust_remote_code": "model.init_args.trust_remote_code",
+    "weight_transfer_config": "engine.transport",
+    "enable_sleep_mode": "engine.sleep_level",
+    "trust_remote_code": "trust_remote_code",
 }
 """Engine arguments that are not the user's to set, and what to change instead."""
 
@@ -56,8 +56,8 @@ def check_arguments(arguments: Mapping[str, Any], spec: EngineSpec) -> None:
                 f"{_KEY}.{name}={value!r}: vLLM {_vllm_version()} has no such engine argument"
             )
     for name, needed, key in (
-        ("max_num_seqs", spec.max_num_seqs, "data.init_args.cap"),
-        ("max_model_len", spec.max_model_len, "data.init_args.max_new_tokens"),
+        ("max_num_seqs", spec.max_num_seqs, "flow.cap"),
+        ("max_model_len", spec.max_model_len, "task.sampling.max_new_tokens"),
     ):
         given = arguments.get(name)
         if given is not None and given < needed:
@@ -75,8 +75,8 @@ def check_rank(adapter: AdapterShape) -> None:
     """
     if adapter.rank > _LORA_RANKS[-1]:
         raise ConfigurationError(
-            f"model.init_args.lora.rank={adapter.rank}: vLLM takes at most {_LORA_RANKS[-1]}; "
-            "lower it, or set model.init_args.lora.sync=merge"
+            f"vLLM takes adapters of rank {_LORA_RANKS[-1]} at most, not of {adapter.rank}; lower "
+            "lora.rank, or set lora.sync=merge"
         )
 
 

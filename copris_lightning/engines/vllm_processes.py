@@ -34,7 +34,7 @@ T = TypeVar("T")
 _NAMES = ("EngineCore", "VLLM_DP_Coordinator")
 """How the names of the processes begin that vLLM starts from here."""
 
-_KEY = "engine.init_args.deadlines"
+_KEY = "engine.deadlines"
 _SHUTDOWN_S = 20.0
 """How long the engine's processes may take to end by themselves, in seconds."""
 _ORPHAN_S = 5.0

@@ -92,9 +92,7 @@ class Deadlines:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value > 0:
-                raise ConfigurationError(
-                    f"data.init_args.engine.init_args.deadlines.{name}={value} must be above 0"
-                )
+                raise ConfigurationError(f"{name}={value} must be above 0")
 
 
 class WatchedProcess(Protocol):

@@ -16,7 +16,6 @@ from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.zero import whole
 from copris_lightning.weights.adapter import AdapterShape, last_parts
 
-KEY = "model.init_args.lora"
 ADAPTER = "default"
 """peft's name of the only adapter."""
 
@@ -48,11 +47,11 @@ class LoRA:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise ConfigurationError(f"{KEY}.rank={self.rank} must be at least 1")
+            raise ConfigurationError(f"rank={self.rank} must be at least 1")
         if not 0 < self.alpha < math.inf:
-            raise ConfigurationError(f"{KEY}.alpha={self.alpha} must be a number above 0")
+            raise ConfigurationError(f"alpha={self.alpha} must be a number above 0")
         if self.sync not in ("merge", "adapter"):
-            raise ConfigurationError(f"{KEY}.sync={self.sync!r} must be merge or adapter")
+            raise ConfigurationError(f"sync={self.sync!r} must be merge or adapter")
 
     @property
     def scaling(self) -> float:
@@ -70,12 +69,12 @@ class LoRA:
         """
         if importlib.util.find_spec("peft") is None:
             raise ConfigurationError(
-                f'{KEY}: peft is not installed; install this package with the extra "lora"'
+                'peft is not installed; install this package with the extra "lora"'
             )
         if getattr(model.config, "quantization_config", None) is not None:
             raise ConfigurationError(
-                f"{KEY}: the model's weights are quantized, and adapters cannot be added to such; "
-                "set model.init_args.model to a checkpoint that is not"
+                "the model's weights are quantized, and adapters cannot be added to such; "
+                "set model to a checkpoint that is not"
             )
         self._layers(model)
 
@@ -120,12 +119,12 @@ class LoRA:
             matched = [name for name in linear if f".{name}".endswith(f".{target}")]
             if not matched:
                 raise ConfigurationError(
-                    f"{KEY}.target_modules: no linear layer's name ends with {target!r} (the "
+                    f"target_modules: no linear layer's name ends with {target!r} (the "
                     f"head's does not count); the model has {', '.join(last_parts(linear))}"
                 )
             chosen |= dict.fromkeys(matched)
         if not chosen:
-            raise ConfigurationError(f"{KEY}.target_modules=[] names no layer")
+            raise ConfigurationError("target_modules=[] names no layer")
         return list(chosen)
 
     def merged(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from itertools import chain
@@ -17,18 +16,16 @@ from torch.optim import AdamW
 from torchmetrics import MeanMetric
 
 from copris_lightning.core.batching import MicroBatch
-from copris_lightning.core.estimator.corrections import Correction
-from copris_lightning.core.estimator.estimator import Estimate, PolicyGradient
-from copris_lightning.core.estimator.losses import ClippedPolicyLoss, PolicyLoss
-from copris_lightning.core.estimator.normalization import NORMALIZATIONS, NormalizationName
-from copris_lightning.core.estimator.penalties import KLPenalty
-from copris_lightning.core.estimator.ratios import Ratio, TokenRatio, TokenTerms
+from copris_lightning.core.estimator.estimator import Estimate, Estimator
+from copris_lightning.core.estimator.normalization import NORMALIZATIONS
+from copris_lightning.core.estimator.ratios import TokenTerms
 from copris_lightning.core.evaluation import EvaluationBatch, avg_at_k, pass_at_k
-from copris_lightning.errors import ConfigurationError, QuarantineError
+from copris_lightning.errors import ConfigurationError, QuarantineError, under
 from copris_lightning.policy.lora import LoRA, without_adapters
 from copris_lightning.policy.open_batch import OpenBatch
 from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import embedding_rows, empty_model, load_config, load_model
+from copris_lightning.policy.settings import Memory, Precision
 from copris_lightning.policy.sharding import shard
 from copris_lightning.policy.zero import splitting
 from copris_lightning.weights.adapter import AdapterShape
@@ -45,26 +42,13 @@ class CoprisModule(L.LightningModule):
 
     Args:
         model: path or hub name of a causal language model.
-        loss: the policy loss over the ratio.
-        ratio: which policies the importance ratio compares.
-        corrections: constant weights on tokens, for the engine-trainer mismatch or staleness.
-        kl: penalty towards a reference policy, of which a frozen copy is kept on the device; with
-            ``lora`` none is needed for the checkpoint that training starts from.
-        entropy_coefficient: of an entropy bonus, per nat, >= 0.
-        normalization: how token losses become one number: ``token_mean``,
-            ``sequence_mean_token_mean``, ``sequence_mean_token_sum`` or ``constant``; over the
-            whole optimizer step, however it is split into micro-batches and ranks.
+        estimator: the loss of each token, and how it is normalized.
         lora: train adapters only; by default all weights.
         optimizer: makes the optimizer from the parameters that are trained.
         lr_scheduler: makes the schedule from the optimizer; steps once per optimizer step.
-        dtype: of the parameters: ``float32``, ``bfloat16`` or ``float16``.
-        attn_implementation: as for ``from_pretrained``.
-        gradient_checkpointing: recompute activations in the backward pass.
-        logprob_chunk_tokens: tokens whose logits are held at a time.
-        log_entropy: compute the policy's entropy for the log; costs a softmax over the vocabulary
-            per token.
-        pass_threshold: an evaluated sample passes with at least this reward.
-        trust_remote_code: run code that the checkpoint brings along.
+        precision: what the policy is held and computed in.
+        memory: what a step keeps, and what it computes again instead.
+        trust_remote_code: run code that the checkpoint brings along, here and for the rollout.
 
     Raises:
         ConfigurationError: the model cannot be found or is not supported.
@@ -73,74 +57,36 @@ class CoprisModule(L.LightningModule):
     def __init__(
         self,
         model: str,
-        loss: PolicyLoss | None = None,
-        ratio: Ratio | None = None,
-        corrections: list[Correction] | None = None,
-        kl: KLPenalty | None = None,
-        entropy_coefficient: float = 0.0,
-        normalization: NormalizationName = "token_mean",
+        estimator: Estimator = Estimator(),  # noqa: B008 - frozen
         lora: LoRA | None = None,
         optimizer: OptimizerCallable = _adamw,
         lr_scheduler: LRSchedulerCallable | None = None,
-        dtype: str = "float32",
-        attn_implementation: str = "sdpa",
-        gradient_checkpointing: bool = False,
-        logprob_chunk_tokens: int = 1024,
-        log_entropy: bool = True,
-        pass_threshold: float = 1.0,
+        precision: Precision = Precision(),  # noqa: B008 - frozen
+        memory: Memory = Memory(),  # noqa: B008 - frozen
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if logprob_chunk_tokens < 1:
-            raise ConfigurationError(
-                f"model.init_args.logprob_chunk_tokens={logprob_chunk_tokens} must be at least 1"
-            )
-        if not math.isfinite(pass_threshold):
-            raise ConfigurationError(
-                f"model.init_args.pass_threshold={pass_threshold} must be a finite number"
-            )
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigurationError(
-                f"model.init_args.dtype={dtype!r} must be float32, bfloat16 or float16"
-            )
-        if normalization not in NORMALIZATIONS:
-            raise ConfigurationError(
-                f"model.init_args.normalization={normalization!r} must be one of "
-                f"{', '.join(NORMALIZATIONS)}"
-            )
-        try:
-            self.estimator = PolicyGradient(
-                loss=loss or ClippedPolicyLoss(),
-                ratio=ratio or TokenRatio(),
-                corrections=tuple(corrections or ()),
-                kl=kl,
-                entropy_coefficient=entropy_coefficient,
-            )
-        except ValueError as error:
-            raise ConfigurationError(f"model.init_args.{error}") from error
         config = load_config(model, trust_remote_code=trust_remote_code)
-        if kl is not None and kl.reference is not None:
-            key = "model.init_args.kl.reference"
-            reference = load_config(kl.reference, key=key, trust_remote_code=trust_remote_code)
-            sizes = [embedding_rows(reference), embedding_rows(config)]
+        reference = estimator.kl.reference if estimator.kl is not None else None
+        if reference is not None:
+            key = "estimator.kl.reference"
+            theirs = load_config(reference, key=key, trust_remote_code=trust_remote_code)
+            sizes = [embedding_rows(theirs), embedding_rows(config)]
             if sizes[0] != sizes[1]:
                 raise ConfigurationError(
-                    f"{key}={kl.reference!r} has a vocabulary of {sizes[0]} tokens, the model "
+                    f"{key}={reference!r} has a vocabulary of {sizes[0]} tokens, the model "
                     f"has {sizes[1]}"
                 )
         if lora is not None:
-            lora.check(empty_model(model, trust_remote_code=trust_remote_code))
+            with under("lora"):
+                lora.check(empty_model(model, trust_remote_code=trust_remote_code))
         self.model = model
+        self.estimator = estimator
         self.lora = lora
-        self.normalization = normalization
-        self.log_entropy = log_entropy
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.dtype_name = dtype
-        self.attn_implementation = attn_implementation
-        self.gradient_checkpointing = gradient_checkpointing
-        self.logprob_chunk_tokens = logprob_chunk_tokens
-        self.pass_threshold = pass_threshold
+        self.precision = precision
+        self.memory = memory
         self.trust_remote_code = trust_remote_code
         self.policy: Policy | None = None
         # In a list, so that its weights are neither trained nor saved nor synced.
@@ -159,22 +105,22 @@ class CoprisModule(L.LightningModule):
         strategy = self._trainer.strategy if self._trainer is not None else None
         with splitting(strategy):
             self.policy = self._load(self.model, is_trained=True)
-        if self.gradient_checkpointing:
+        if self.memory.gradient_checkpointing:
             self.policy.model.gradient_checkpointing_enable()
 
     def _load(self, model: str, *, is_trained: bool) -> Policy:
         """A policy, split over ranks where that is done before training."""
         loaded = load_model(
             model,
-            dtype=self.dtype_name,
-            attn_implementation=self.attn_implementation,
+            dtype=self.precision.dtype,
+            attn_implementation=self.precision.attn_implementation,
             trust_remote_code=self.trust_remote_code,
         )
         # from_pretrained returns the model in eval mode, in which Lightning would leave it.
         loaded.train(is_trained).requires_grad_(is_trained)
         if is_trained and self.lora is not None:
             self.lora.insert(loaded)
-        policy = Policy(loaded, chunk_tokens=self.logprob_chunk_tokens)
+        policy = Policy(loaded, chunk_tokens=self.memory.logprob_chunk_tokens)
         if self.device_mesh is not None:
             shard(policy, loaded, self.device_mesh["data_parallel"])
         return policy
@@ -203,10 +149,7 @@ class CoprisModule(L.LightningModule):
     def token_terms(self, batch: MicroBatch) -> TokenTerms:
         """What the estimator needs to know of a micro-batch's tokens."""
         assert self.policy is not None, "configure_model() has not run"
-        mode = "detached" if self.log_entropy else "none"
-        if self.estimator.entropy_coefficient:
-            mode = "differentiable"
-        logprobs, entropy = self.policy(batch, mode)
+        logprobs, entropy = self.policy(batch, self.estimator.entropy_mode)
         return TokenTerms(
             logprobs=logprobs,
             behavior_logprobs=batch.behavior_logprobs,
@@ -236,7 +179,7 @@ class CoprisModule(L.LightningModule):
     def policy_loss(self, batch: MicroBatch, terms: TokenTerms) -> tuple[Tensor, Estimate]:
         """A micro-batch's share of the optimizer step's loss, and its per-token parts."""
         estimate = self.estimator(terms)
-        weights = NORMALIZATIONS[self.normalization](batch.response_lengths, batch.totals)
+        weights = NORMALIZATIONS[self.estimator.normalization](batch.response_lengths, batch.totals)
         return (estimate.loss.sum(dim=1) * weights).sum(), estimate
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
@@ -297,7 +240,7 @@ class CoprisModule(L.LightningModule):
             raise QuarantineError(
                 f"the policy's log-probs are not finite for {self._open_batch.quarantined} "
                 f"trajectories of a batch, {', '.join(names) or 'on another rank'} among them; "
-                f"data.init_args.max_quarantined allows {batch.quarantine_limit}. "
+                f"credit.max_quarantined allows {batch.quarantine_limit}. "
                 f"{self._broken_weights}"
             )
         if names:  # on whichever rank it happens
@@ -308,9 +251,7 @@ class CoprisModule(L.LightningModule):
 
     @property
     def _broken_weights(self) -> str:
-        return (
-            f"the weights or their precision (model.init_args.dtype={self.dtype_name}) are broken"
-        )
+        return f"the weights or their precision (precision.dtype={self.precision.dtype}) are broken"
 
     def configure_gradient_clipping(
         self,
@@ -362,24 +303,34 @@ class CoprisModule(L.LightningModule):
         else:
             yield from self.lora.adapters(weights)
 
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+    def validation_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Log the scores of some prompts."""
         self._log_evaluation("val", batch)
 
-    def test_step(self, batch: EvaluationBatch, batch_idx: int) -> None:
+    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the scores of some prompts."""
         self._log_evaluation("test", batch)
 
-    def predict_step(self, batch: EvaluationBatch, batch_idx: int) -> list[dict[str, Any]]:
+    def predict_step(
+        self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> list[dict[str, Any]]:
         """The responses, as records like the ledger's."""
         return batch.records
 
     def _log_evaluation(self, area: str, batch: EvaluationBatch) -> None:
+        name = f"{area}/{batch.name}"
         figures = {
-            f"{area}/avg_at_k": avg_at_k(batch.rewards).mean(),
-            f"{area}/pass_at_k": pass_at_k(batch.rewards, self.pass_threshold).mean(),
-            f"{area}/response_tokens": batch.response_lengths.float().mean(),
+            f"{name}/avg_at_k": avg_at_k(batch.rewards).mean(),
+            f"{name}/pass_at_k": pass_at_k(batch.rewards, batch.pass_threshold).mean(),
+            f"{name}/response_tokens": batch.response_lengths.float().mean(),
         }
         self.log_dict(
-            figures, on_epoch=True, prog_bar=True, batch_size=len(batch.rewards), sync_dist=True
+            figures,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=len(batch.rewards),
+            sync_dist=True,
+            add_dataloader_idx=False,
         )

@@ -44,12 +44,13 @@ class Policy(nn.Module):
             entropy: whether to compute entropies, and whether with a gradient.
 
         Returns:
-            log-probs ``[B, R]`` at the batch's temperature and entropies ``[B, R]`` in nats, or
-            ``None``; both fp32 and 0 at padding.
+            log-probs ``[B, R]`` of the distribution sampled from and entropies ``[B, R]`` in nats,
+            or ``None``; both fp32 and 0 at padding.
         """
         hidden, targets = self._predictions(batch)
         head = unhooked(self.model.get_output_embeddings())  # once per chunk
-        options: Any = {"temperature": batch.temperature, "chunk_tokens": self.chunk_tokens}
+        scale = batch.sampling.temperature
+        options: Any = {"temperature": scale, "chunk_tokens": self.chunk_tokens}
         if entropy == "none":
             values = token_logprobs(hidden, targets, head, **options)
             return _unflatten(values, batch), None

@@ -23,8 +23,8 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.randomness import without_noise
 
-KEY = "model.init_args.model"
-TRUST_KEY = "model.init_args.trust_remote_code"
+KEY = "model"
+TRUST_KEY = "trust_remote_code"
 
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Config fields of models that change logits after the head, which log-probs would miss."""
@@ -130,7 +130,7 @@ def context_length(config: Any) -> int:
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     if length is None:
         raise ConfigurationError(
-            f"model.init_args.model: a {type(config).__name__} names no max_position_embeddings, "
+            f"{KEY}: a {type(config).__name__} names no max_position_embeddings, "
             "so lengths cannot be checked; this kind of model is not supported"
         )
     return int(length)
@@ -230,7 +230,7 @@ def _refuse_code(
     if not trust_remote_code:
         raise ConfigurationError(
             f"{key}={model!r} needs code of its own to be run: {code_files(auto_map)}. Read it; if "
-            f"you trust it, set {TRUST_KEY}=true (in Python that of RolloutDataModule, too)"
+            f"you trust it, set {TRUST_KEY}=true"
         ) from error
     raise ConfigurationError(
         f"{key}={model!r}: its own code ({code_files(auto_map)}), which "

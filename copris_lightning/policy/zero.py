@@ -18,8 +18,8 @@ from copris_lightning.errors import ConfigurationError
 _CONFIG = "trainer.strategy.init_args.config"
 
 _SET_ELSEWHERE = {
-    "optimizer": "model.init_args.optimizer",
-    "scheduler": "model.init_args.lr_scheduler",
+    "optimizer": "optimizer",
+    "scheduler": "lr_scheduler",
     "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
     "gradient_clipping": "trainer.gradient_clip_val",
 }
@@ -100,10 +100,10 @@ def check_zero(trainer: L.Trainer, strategy: DeepSpeedStrategy) -> None:
         raise ConfigurationError(
             "trainer.gradient_clip_algorithm=value cannot be had with DeepSpeed; use norm"
         )
-    if trainer.precision == "32-true" and module.dtype_name != "float32":
+    if trainer.precision == "32-true" and module.precision.dtype != "float32":
         raise ConfigurationError(
-            f"model.init_args.dtype={module.dtype_name}: DeepSpeed makes weights what "
-            "trainer.precision=32-true says; set dtype=float32, or precision=bf16-mixed"
+            f"precision.dtype={module.precision.dtype}: DeepSpeed makes weights what "
+            "trainer.precision=32-true says; set dtype=float32, or trainer.precision=bf16-mixed"
         )
     _check_offload(module, config.get("zero_optimization") or {})
     # Lightning warns that CoprisModule has the method that clips; DeepSpeed clips all the same.
@@ -113,9 +113,9 @@ def check_zero(trainer: L.Trainer, strategy: DeepSpeedStrategy) -> None:
     kl = module.estimator.kl
     if kl is not None and (module.lora is None or kl.reference is not None):
         raise ConfigurationError(
-            "model.init_args.kl: DeepSpeed's ZeRO-3 cannot hold a reference policy, which is not "
+            "estimator.kl: DeepSpeed's ZeRO-3 cannot hold a reference policy, which is not "
             "trained; use ModelParallelStrategy (FSDP2) or deepspeed_stage_2, or train adapters "
-            "(model.init_args.lora), for which the reference is the model without them"
+            "(lora), for which the reference is the model without them"
         )
     assert trainer.state.fn is not None
     if trainer.state.fn != TrainerFn.FITTING:
@@ -135,7 +135,7 @@ def _check_offload(module: Any, zero: dict[str, Any]) -> None:
     optimizer = type(module.optimizer(iter([nn.Parameter(torch.zeros(1))])))
     if not optimizer.__module__.startswith("deepspeed."):
         raise ConfigurationError(
-            f"trainer.strategy: offload_optimizer to {device} with model.init_args.optimizer="
-            f"{optimizer.__name__}, which DeepSpeed refuses; set model.init_args.optimizer to "
+            f"trainer.strategy: offload_optimizer to {device} with "
+            f"optimizer={optimizer.__name__}, which DeepSpeed refuses; set optimizer to "
             "deepspeed.ops.adam.DeepSpeedCPUAdam, or do not offload"
         )

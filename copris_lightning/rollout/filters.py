@@ -43,8 +43,8 @@ class ZeroVarianceFilter:
                 f"{self._in_a_row} groups in a row got equal rewards from {self._reward_name}, the "
                 f"last ({rewards.pop():g} for every response to prompt "
                 f"{group.trajectories[0].prompt_id!r}) too: nothing to learn from. Is "
-                "data.init_args.reward right, are the prompts neither too easy nor too hard? "
-                "Raise data.init_args.max_dropped_groups="
-                f"{self._max_dropped}, or set data.init_args.drop_zero_variance=false"
+                "task.scoring.reward right, are the prompts neither too easy nor too hard? Raise "
+                f"credit.max_dropped_groups={self._max_dropped}, or set "
+                "credit.drop_zero_variance=false"
             )
         return False

@@ -57,7 +57,7 @@ class Failure:
 
 def too_late(timeout_s: float) -> Failure:
     """A call past its limit."""
-    return Failure(f"took longer than data.init_args.reward_timeout_s={timeout_s}")
+    return Failure(f"took longer than task.scoring.timeout_s={timeout_s}")
 
 
 def as_number(value: Any) -> float:

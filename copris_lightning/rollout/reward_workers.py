@@ -126,7 +126,7 @@ class RewardWorkers(Executor):
 
     def on_fault(self, text: str, cause: BaseException | None) -> None:
         """Workers cannot be started, and there is no use in trying again."""
-        self._fault = ConfigurationError(f"data.init_args.reward: {text}")
+        self._fault = ConfigurationError(f"task.scoring.reward: {text}")
         self._fault.__cause__ = cause
         calls, self._waiting = [*self._waiting], deque()
         for worker in self._workers:

@@ -83,54 +83,67 @@ def _plain(text: str) -> str:
     return text.replace(" ", "").replace("$", "")
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """The reward and the processes that compute it.
+
+    Attributes:
+        reward: scores a response; see :data:`Reward`.
+        workers: processes; each does one call at a time, or for an ``async`` reward any number.
+        timeout_s: limit on one call, in seconds from when a worker has it (real ones, also where
+            the engine's clock is virtual); a worker past it is killed.
+
+    Raises:
+        ConfigurationError: not callable, cannot be sent to a process, or a number out of range.
+    """
+
+    reward: Reward
+    workers: int = 1
+    timeout_s: float = 30.0
+
+    def __post_init__(self) -> None:
+        from copris_lightning.rollout.spawning import pickled_for_workers
+
+        if isinstance(self.reward, type) or not callable(self.reward):
+            raise ConfigurationError(
+                f"reward: {self.reward!r} is not callable; give an instance whose "
+                "__call__(response: str, prompt: Prompt) returns a float"
+            )
+        if not 0 < self.timeout_s < math.inf:
+            raise ConfigurationError(f"timeout_s={self.timeout_s} must be a number above 0")
+        if self.workers < 1:
+            raise ConfigurationError(f"workers={self.workers} must be at least 1")
+        if self.workers > _MOST_WORKERS:
+            raise ConfigurationError(
+                f"workers={self.workers} must be at most {_MOST_WORKERS}: each is a process"
+            )
+        pickled_for_workers(self.reward)
+
+    @property
+    def name(self) -> str:
+        """The reward's class or function, for messages."""
+        reward: Any = self.reward
+        return str(getattr(reward, "__qualname__", type(reward).__qualname__))
+
+
 class RewardScorer:
     """Has a reward called in worker processes, with a time limit.
 
     Args:
-        reward: the user's reward.
-        timeout_s: limit on one call, in seconds from its start in a worker; a worker past it is
-            killed.
-        workers: processes; each does one call at a time, or for an ``async`` reward any number.
-
-    Raises:
-        ConfigurationError: not callable, cannot be sent to a process, or a limit below its
-            minimum.
+        scoring: which, and how.
     """
 
     start_s = 180.0
     """How long a worker may take to start and to import the reward, in seconds."""
 
-    def __init__(self, reward: Reward, *, timeout_s: float = 30.0, workers: int = 1) -> None:
-        from copris_lightning.rollout.spawning import pickled_for_workers
-
-        if isinstance(reward, type) or not callable(reward):
-            raise ConfigurationError(
-                f"data.init_args.reward: {reward!r} is not callable; give an instance whose "
-                "__call__(response: str, prompt: Prompt) returns a float"
-            )
-        if not 0 < timeout_s < math.inf:
-            raise ConfigurationError(
-                f"data.init_args.reward_timeout_s={timeout_s} must be a number above 0"
-            )
-        if workers < 1:
-            raise ConfigurationError(f"data.init_args.reward_workers={workers} must be at least 1")
-        if workers > _MOST_WORKERS:
-            raise ConfigurationError(
-                f"data.init_args.reward_workers={workers} must be at most {_MOST_WORKERS}: each is "
-                "a process"
-            )
-        self._pickled = pickled_for_workers(reward)
-        self._is_async = any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
-        self._reward = reward
-        self._timeout_s = timeout_s
-        self._workers = workers
+    def __init__(self, scoring: Scoring) -> None:
+        self._scoring = scoring
         self._pool: RewardWorkers | None = None
 
     @property
     def name(self) -> str:
         """The reward's class or function, for messages."""
-        reward: Any = self._reward
-        return str(getattr(reward, "__qualname__", type(reward).__qualname__))
+        return self._scoring.name
 
     async def start(self) -> None:
         """Start the worker processes and have them import the reward.
@@ -162,9 +175,13 @@ class RewardScorer:
         if self._pool is None:
             from copris_lightning.rollout.reward_worker import Work
             from copris_lightning.rollout.reward_workers import RewardWorkers
+            from copris_lightning.rollout.spawning import pickled_for_workers
 
-            work = Work(self._pickled, self.name, self._is_async, self._timeout_s, self.start_s)
-            self._pool = RewardWorkers(work, self._workers)
+            reward, timeout_s = self._scoring.reward, self._scoring.timeout_s
+            is_async = any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__)))
+            pickled = pickled_for_workers(reward)
+            work = Work(pickled, self.name, is_async, timeout_s, self.start_s)
+            self._pool = RewardWorkers(work, self._scoring.workers)
         return self._pool
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, Killable
+from copris_lightning.errors import under
 from copris_lightning.rollout.decoding import ResponseDecoder
 from copris_lightning.rollout.loop_thread import CLEANUP_S, LoopThread
 from copris_lightning.rollout.rewards import RewardScorer
@@ -38,7 +39,6 @@ class RolloutSession:
         spec: what the run needs of it.
         scorer: computes rewards; closed by :meth:`close`.
         decode: response tokens to text.
-        stop: strings that end a response.
         on_wait: called about five times a second while this thread waits; may raise to stop.
     """
 
@@ -48,14 +48,12 @@ class RolloutSession:
         spec: EngineSpec,
         scorer: RewardScorer,
         decode: ResponseDecoder,
-        stop: tuple[str, ...],
         on_wait: Callable[[], None],
     ) -> None:
         refuse_second_run()
         self.engine = engine
         self._scorer = scorer
         self.decode = decode
-        self._stops = StopStrings(stop, decode.verbatim)
         self._on_wait = on_wait
         self._schedulers: list[RolloutScheduler] = []
         self._closed = threading.Lock()
@@ -75,7 +73,8 @@ class RolloutSession:
             done, _ = await asyncio.wait([workers], timeout=_HEAD_START_S)
             for task in done:
                 task.result()
-            await self.engine.start(spec)
+            with under("engine"):
+                await self.engine.start(spec)
             await workers
         finally:
             workers.cancel()
@@ -121,7 +120,7 @@ class RolloutSession:
             scorer=self._scorer,
             decode=self.decode,
             decoding=decoding,
-            stops=self._stops,
+            stops=StopStrings(tuple(decoding.sampling.stop), self.decode.verbatim),
             seed=seed,
             name=name,
             accept=accept or (lambda group: True),

@@ -37,14 +37,14 @@ def pickled_for_workers(reward: object) -> bytes:
         pickled = pickle.dumps(reward, protocol=3)
     except Exception as error:  # a user's class may raise anything
         raise ConfigurationError(
-            f"data.init_args.reward: {reward!r} cannot be sent to a worker process "
+            f"reward: {reward!r} cannot be sent to a worker process "
             f"({error}); define it at the top level of a module"
         ) from error
     names = _names_in_main(pickled)
     # A process that runs the main module again may construct what it never runs.
     if names and not (_runs_main_again() or _main_can_be_run_again()):
         raise ConfigurationError(
-            f"data.init_args.reward: {names[0]} is defined in a notebook, on a command line or in "
+            f"reward: {names[0]} is defined in a notebook, on a command line or in "
             "a package's __main__, and a worker process cannot import it from there: put it into "
             "a file of its own, such as my_task.py, and write "
             f"`from my_task import {names[0].partition('.')[0]}`"

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What decoders put where bytes are no character, or not one yet."""
+from copris_lightning.core.sampling import REPLACEMENT
 
 _RECENT_TOKENS = 8
 """Tokens after which the window moves on. A character has four bytes, so four tokens at most."""

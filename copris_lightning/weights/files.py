@@ -14,7 +14,7 @@ from torch import Tensor
 
 from copris_lightning.directories import check_writable
 
-KEY = "data.init_args.engine.init_args.sync_directory"
+KEY = "sync_directory"
 
 
 def hand_over_prefix(directory: str | None) -> str:

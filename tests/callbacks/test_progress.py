@@ -40,7 +40,7 @@ def test_the_bar_counts_batches(
 ) -> None:
     bar = Bar()
     options = {"accumulate_grad_batches": 3, "enable_progress_bar": True, **limits}
-    data = {"updates_per_batch": 2}
+    data = {"updates": 2}
     trainer, module, datamodule, _ = build(
         tiny_checkpoint, tmp_path, callbacks=[bar], data=data, **options
     )

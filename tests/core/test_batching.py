@@ -19,6 +19,7 @@ from copris_lightning.core.batching import (
     split_by_tokens,
 )
 from copris_lightning.core.estimator.normalization import UpdateTotals
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import Segment, Trajectory
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
@@ -149,7 +150,7 @@ def test_every_field_of_a_padded_batch_is_aligned_with_its_tokens(rows, source):
         rows,
         source=source,
         policy_version=9,
-        temperature=0.7,
+        sampling=Sampling(0.7),
         totals=TOTALS,
         quarantine_limit=2,
     )
@@ -157,7 +158,7 @@ def test_every_field_of_a_padded_batch_is_aligned_with_its_tokens(rows, source):
     width = max(1, *(t.response_length for t in rows))
     assert batch.input_ids.shape == (len(rows), longest)
     assert batch.behavior_logprobs.shape == batch.versions.shape == (len(rows), width)
-    assert (batch.policy_version, batch.temperature) == (9, 0.7)
+    assert (batch.policy_version, batch.sampling) == (9, Sampling(0.7))
     assert (batch.totals, batch.quarantine_limit) == (TOTALS, 2)
     assert (batch.is_last, batch.metrics) == (False, {})
     assert batch.names == [t.name for t in rows]
@@ -218,7 +219,7 @@ def test_proximal_logprobs_are_there_only_if_every_trajectory_has_them():
 @settings(max_examples=100, deadline=None)
 @given(trajectories(), st.sampled_from(["engine", "trainer"]), st.data())
 def test_some_rows_of_a_batch_are_those_of_the_whole(rows, source, data):
-    batch = collate(rows, source=source, policy_version=9, temperature=0.7, totals=TOTALS)
+    batch = collate(rows, source=source, policy_version=9, sampling=Sampling(0.7), totals=TOTALS)
     batch.is_last, batch.metrics = True, {"rollout/length": 3.0}
     keep = data.draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
     chosen = [i for i, kept in enumerate(keep) if kept]

@@ -17,13 +17,14 @@ from copris_testing import SomePrompts
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from simulated_fits import build
 
+from copris_lightning import Evaluation
 from copris_lightning.__main__ import main
 from copris_lightning.datamodules.checkpoint_file import check_file
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.lora import LoRA
 from copris_lightning.quickstart.warm_start import tiny_model
 
-SIZES = {"batch_groups": 2, "max_new_tokens": 8, "cap": 6}
+SIZES = {"groups": 2, "max_new_tokens": 8, "cap": 6}
 
 
 @pytest.fixture(scope="module")
@@ -205,14 +206,14 @@ def test_another_models_checkpoint_is_refused(
     adapters = {"lora": LoRA(rank=2)}
     message = refused(saved, tiny_checkpoint, tmp_path, model=adapters)
     assert "lacks policy.model.model.layers.0" in message
-    assert "with model.init_args.lora has" in message
+    assert "with lora has" in message
 
 
 def test_evaluation_takes_weights_and_looks_at_the_file_as_well(
     saved: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     file = edited(saved, tmp_path / "weights.ckpt", lambda c: c.pop("optimizer_states"))
-    data = {**SIZES, "val_prompts": SomePrompts(3)}
+    data = {**SIZES, "evaluations": {"val": Evaluation(SomePrompts(3))}}
     trainer, module, datamodule, _ = build(tiny_checkpoint, tmp_path, data=data)
     trainer.validate(module, datamodule=datamodule, ckpt_path=file, verbose=False)
     file.write_bytes(file.read_bytes()[:-100])

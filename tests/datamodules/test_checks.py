@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from copris_lightning.callbacks.weight_sync import WeightSync
-from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.losses import ClippedPolicyLoss
 from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.core.estimator.ratios import TokenRatio
@@ -19,14 +19,15 @@ from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.policy.settings import Precision
 
 
 def trainer(strategy: Any, engine: Any = None, kl: KLPenalty | None = None) -> Any:
-    estimator = PolicyGradient(loss=ClippedPolicyLoss(), ratio=TokenRatio(), kl=kl)
+    estimator = Estimator(loss=ClippedPolicyLoss(), ratio=TokenRatio(), kl=kl)
     return SimpleNamespace(
         strategy=strategy,
         precision="32-true",
-        lightning_module=SimpleNamespace(dtype_name="float32", estimator=estimator),
+        lightning_module=SimpleNamespace(precision=Precision("float32"), estimator=estimator),
         datamodule=SimpleNamespace(engine=engine),
     )
 
@@ -52,7 +53,7 @@ def test_an_engine_in_another_precision_needs_a_wider_number(
     if not is_refused:
         sync.check(run)
         return
-    with pytest.raises(ConfigurationError, match=r"engine_args\.dtype=\w+ is not model\.init_args"):
+    with pytest.raises(ConfigurationError, match=r"engine_args\.dtype=\w+ is not precision\.dtype"):
         sync.check(run)
 
 

@@ -2,7 +2,6 @@
 
 import math
 import random
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,31 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from copris_lightning.core.estimator.advantage import dr_grpo, grpo, rloo
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Segment, Trajectory
 from copris_lightning.datamodules.credit import mean_reward, quarantine, set_advantages
-from copris_lightning.datamodules.settings import RolloutSettings
+from copris_lightning.datamodules.settings import Credit
 from copris_lightning.errors import ConfigurationError, QuarantineError
 
-SETTINGS = RolloutSettings(
-    cap=8,
-    batch_groups=2,
-    group_size=4,
-    max_prompt_tokens=8,
-    max_new_tokens=10,
-    temperature=1.0,
-    behavior_logprobs="engine",
-    max_staleness=None,
-    updates_per_batch=1,
-    score_batch_tokens=100,
-    val_samples=1,
-    val_temperature=1.0,
-    truncated="train",
-    overlong_cushion=0.0,
-    drop_zero_variance=False,
-    max_dropped_groups=None,
-    max_quarantined=0.25,
-    seed=0,
-)
+SAMPLING = Sampling(max_new_tokens=10)
 
 
 def group(rewards, lengths=None, group_id=0):
@@ -42,7 +23,7 @@ def group(rewards, lengths=None, group_id=0):
     rows = []
     for i, (reward, n) in enumerate(zip(rewards, lengths, strict=True)):
         segment = Segment(0, [5] * n, [-1.0] * n)
-        finish = "length" if n == SETTINGS.max_new_tokens else "stop"
+        finish = "length" if n == SAMPLING.max_new_tokens else "stop"
         rows.append(Trajectory(group_id, i, f"p{group_id}", (7,), 10, [segment], finish, reward))
     return PromptGroup(group_id, group_id, rows, 0)
 
@@ -55,20 +36,20 @@ def advantages(group):
 def test_advantages_go_to_the_trajectories_that_earned_them(advantage):
     groups = [group([0.1, 0.1, 0.1, 0.1]), group([1.0, 0.0, 0.5, 0.0], group_id=1)]
     quarantine(groups, 0.0)
-    set_advantages(groups, advantage, SETTINGS)
+    set_advantages(groups, Credit(advantage), SAMPLING)
     assert advantages(groups[0]) == [0.0] * 4
     expected = advantage(torch.tensor([[1.0, 0.0, 0.5, 0.0]], dtype=torch.float64))[0]
     assert advantages(groups[1]) == expected.tolist()
     groups[1].trajectories[0].reward = None
     with pytest.raises(AssertionError):
-        set_advantages(groups, advantage, SETTINGS)
+        set_advantages(groups, Credit(advantage), SAMPLING)
 
 
 @given(st.lists(st.sampled_from([0.0, 1.0, math.nan, math.inf, -math.inf]), min_size=2, max_size=6))
 def test_the_rest_of_a_group_is_compared_without_its_quarantined(rewards):
     one = group(rewards)
     quarantine([one], 1.0)
-    set_advantages([one], dr_grpo, SETTINGS)
+    set_advantages([one], Credit(dr_grpo), SAMPLING)
     finite = [r for r in rewards if math.isfinite(r)]
     for t in one.trajectories:
         if not math.isfinite(t.reward):
@@ -109,10 +90,10 @@ def test_past_the_share_it_is_an_error_that_names_them():
 
 def test_truncated_responses_are_masked_on_demand_and_still_compared():
     one = group([0.0, 1.0, 0.0, 1.0], [10, 4, 9, 10])
-    set_advantages([one], dr_grpo, SETTINGS)
+    set_advantages([one], Credit(dr_grpo), SAMPLING)
     assert [t.excluded for t in one.trajectories] == [None] * 4
     before = advantages(one)
-    set_advantages([one], dr_grpo, replace(SETTINGS, truncated="mask"))
+    set_advantages([one], Credit(dr_grpo, truncated="mask"), SAMPLING)
     assert [t.excluded for t in one.trajectories] == [TRUNCATED, None, None, TRUNCATED]
     assert advantages(one) == before
     assert not any(t.is_quarantined for t in one.trajectories)
@@ -120,7 +101,7 @@ def test_truncated_responses_are_masked_on_demand_and_still_compared():
 
 def test_the_soft_penalty_changes_advantages_and_not_rewards():
     one = group([1.0, 1.0, 1.0, 1.0], [5, 6, 8, 10])
-    set_advantages([one], dr_grpo, replace(SETTINGS, overlong_cushion=0.5))
+    set_advantages([one], Credit(dr_grpo, overlong_cushion=0.5), SAMPLING)
     shaped = [1.0, 1.0 - 0.2, 1.0 - 0.6, 0.0]
     expected = [r - sum(shaped) / 4 for r in shaped]
     assert advantages(one) == pytest.approx(expected, abs=1e-7)
@@ -136,8 +117,8 @@ def test_the_soft_penalty_changes_advantages_and_not_rewards():
     ],
 )
 def test_an_advantage_that_is_not_finite_or_misshapen_is_refused(advantage):
-    with pytest.raises(ConfigurationError, match=r"data.init_args.advantage=.*\[1, 4\]"):
-        set_advantages([group([1.0, 1.0, 1.0, 1.0])], advantage, SETTINGS)
+    with pytest.raises(ConfigurationError, match=r"credit.advantage=.*\[1, 4\]"):
+        set_advantages([group([1.0, 1.0, 1.0, 1.0])], Credit(advantage), SAMPLING)
 
 
 def test_an_advantage_sees_all_groups_of_a_batch_at_once():
@@ -150,7 +131,7 @@ def test_an_advantage_sees_all_groups_of_a_batch_at_once():
     groups = [group([0.0, 1.0, 0.0, 1.0], group_id=i) for i in range(3)]
     groups[1].trajectories[2].reward = math.nan
     quarantine(groups, 1.0)
-    set_advantages(groups, spy, SETTINGS)
+    set_advantages(groups, Credit(spy), SAMPLING)
     assert seen == [[[0.0, 1.0, 1.0]], [[0.0, 1.0, 0.0, 1.0]] * 2]
     assert advantages(groups[1]) == pytest.approx([-2 / 3, 1 / 3, 0.0, 1 / 3])
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning import BatchSize, Sampling
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.normalization import NORMALIZATIONS
 from copris_lightning.core.estimator.ratios import TokenTerms
 from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Segment, Trajectory
@@ -18,8 +19,7 @@ VOCAB, WIDTH = 40, 4
 OPTIONS = {
     "source": "engine",
     "policy_version": 6,
-    "temperature": 0.8,
-    "max_new_tokens": 99,
+    "sampling": Sampling(0.8, 99),
     "metrics": {"a/b": 1.5},
 }
 
@@ -127,7 +127,7 @@ def test_only_the_last_micro_batch_of_a_rank_is_last_and_bears_the_metrics(probl
     for rank in divide(groups, shape, **OPTIONS, seed=seed):
         assert [b.is_last for b in rank] == [False] * (len(rank) - 1) + [True]
         assert [b.metrics for b in rank] == [{}] * (len(rank) - 1) + [{"a/b": 1.5}]
-        assert {(b.policy_version, b.temperature) for b in rank} == {(6, 0.8)}
+        assert {(b.policy_version, b.sampling.temperature) for b in rank} == {(6, 0.8)}
 
 
 def same(left, right):
@@ -190,16 +190,16 @@ def test_a_shape_with_an_empty_micro_batch_is_refused_with_the_keys(
 ):
     shape = BatchShape(world_size, updates, micro_batches, hidden_size=16)
     if fits:
-        shape.check(4, 2)
+        shape.check(BatchSize(4, 2))
         return
     with pytest.raises(ConfigurationError) as caught:
-        shape.check(4, 2)
+        shape.check(BatchSize(4, 2))
     for part in (
         f"update of {4 // updates * 2} trajectories",
         f"{world_size} ranks",
-        f"data.init_args.updates_per_batch={updates}",
+        f"batch.updates={updates}",
         f"trainer.accumulate_grad_batches={micro_batches}",
-        "data.init_args.batch_groups",
+        "batch.groups",
     ):
         assert part in str(caught.value)
 
@@ -212,7 +212,7 @@ def test_each_shape_that_passes_the_check_can_be_divided():
             for micro_batches in range(1, 2 * count + 1):
                 shape = BatchShape(1, updates, micro_batches, hidden_size=16)
                 try:
-                    shape.check(count, 2)
+                    shape.check(BatchSize(count, 2))
                 except ConfigurationError:
                     continue
                 divide(groups, shape, **OPTIONS, seed=0)
@@ -233,7 +233,7 @@ def logits(parameters, input_ids):
 
 
 def token_losses(now, behavior, advantages, mask, lags):
-    return PolicyGradient()(TokenTerms(now, behavior, advantages, mask, lags)).loss
+    return Estimator()(TokenTerms(now, behavior, advantages, mask, lags)).loss
 
 
 def micro_batch_loss(parameters, batch, normalization="token_mean"):

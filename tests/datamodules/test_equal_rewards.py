@@ -58,7 +58,7 @@ def test_the_third_batch_of_equal_rewards_is_said_with_what_is_compared_and_not_
     assert [len(found) for found in counts] == [0, 0, 1, 0, 0, 0]
     (message,) = counts[2]
     for part in (
-        "data.init_args.reward: ExactMatch gave 0 to all of the 24 trajectories of the first 3",
+        "task.scoring.reward: ExactMatch gave 0 to all of the 24 trajectories of the first 3",
         "6 of them reached max_new_tokens",
         "prompt 'p4' has the answer 44 and got the response 'it is 2'",
         "prompt 'p5' has the answer 45",

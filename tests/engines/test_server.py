@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from builders import small_data, small_module
 from copris_testing import SomePrompts, reference_logprobs
 from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -23,14 +24,13 @@ from some_rewards import ShareOfDigits
 from transformers import AutoModelForCausalLM
 
 from copris_lightning import (
-    CoprisModule,
-    RolloutDataModule,
     SimulatedEngine,
     TrajectoryLedger,
     VLLMServerEngine,
     WeightSync,
 )
 from copris_lightning.core.buffer import CarryOverBuffer, Status
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, GenerationRequest
 from copris_lightning.errors import EngineError, WeightSyncError
 from copris_lightning.rollout.loop_thread import LoopThread
@@ -111,7 +111,7 @@ async def generate(
     on_chunk: Callable[[], None] = lambda: None,
 ) -> tuple[list[int], list[float], str | None]:
     request = GenerationRequest(
-        f"test-{random.random()}", tokens, n, Decoding(temperature, stop), seed
+        f"test-{random.random()}", tokens, n, Decoding(Sampling(temperature), stop), seed
     )
     ids: list[int] = []
     logprobs: list[float] = []
@@ -333,7 +333,7 @@ def test_a_server_that_hangs_is_left_out_until_the_next_sync(
 
 # -- whole runs ----------------------------------------------------------------------------
 
-SIZES: dict[str, Any] = {"group_size": 2, "batch_groups": 4, "max_new_tokens": 96}
+SIZES: dict[str, Any] = {"groups": 4, "max_new_tokens": 96}
 
 
 class Reaper(L.Callback):
@@ -383,17 +383,9 @@ def fit(
         enable_checkpointing=bool(callbacks),
         callbacks=[WeightSync(), TrajectoryLedger(), *callbacks],
     )
-    module = CoprisModule(
-        str(checkpoint), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5)
-    )
-    data = RolloutDataModule(
-        str(checkpoint),
-        prompts=SomePrompts(200),
-        reward=ShareOfDigits(),
-        engine=engine,
-        cap=20,
-        max_prompt_tokens=16,
-        **SIZES,
+    module = small_module(checkpoint, lr=0.5)
+    data = small_data(
+        checkpoint, engine, prompts=SomePrompts(200), reward=ShareOfDigits(), cap=20, **SIZES
     )
     trainer.fit(module, datamodule=data, **settings)
 
@@ -409,7 +401,7 @@ def test_a_run_survives_its_servers_down_to_the_last_and_then_keeps_its_buffer(
     engine = VLLMServerEngine([server.url for server in servers], stall_timeout_s=10.0)
     reaper = Reaper(servers)
     callbacks = [reaper, OnExceptionCheckpoint(tmp_path)]
-    with pytest.raises(EngineError, match=r"no server of data\.init_args\.engine") as error:
+    with pytest.raises(EngineError, match=r"no server of engine\.urls") as error:
         fit(tiny_checkpoint, tmp_path, engine, steps=50, callbacks=callbacks)
     assert time.monotonic() - reaper.last < 60
     assert all(url in str(error.value) for url in engine.urls)

@@ -35,7 +35,7 @@ def request(stop_token_ids=(STOP,), **settings):
             "request_id": "r0",
             "token_ids": (10, 11),
             "max_new_tokens": 30,
-            "decoding": Decoding(1.0, stop_token_ids),
+            "decoding": Decoding(stop_token_ids=stop_token_ids),
             "seed": 7,
         }
         | settings

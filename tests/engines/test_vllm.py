@@ -15,6 +15,7 @@ from copris_testing import SomePrompts, reference_logprobs
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.datamodules.prompts.stream import PromptEncoder, PromptStream
 from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, GenerationRequest
 from copris_lightning.engines.vllm import VLLMEngine
@@ -49,7 +50,7 @@ async def generate(
     seed: int = 0,
 ) -> tuple[list[int], list[float], str | None]:
     name = f"test-{random.random()}"
-    request = GenerationRequest(name, tokens, n, Decoding(temperature, stop), seed)
+    request = GenerationRequest(name, tokens, n, Decoding(Sampling(temperature), stop), seed)
     ids: list[int] = []
     logprobs: list[float] = []
     reason = None
@@ -191,7 +192,7 @@ def new_scheduler(
         prompts=PromptStream(SomePrompts(), encode),
         scorer=score,
         decode=tokenizer.decode,
-        decoding=Decoding(temperature),
+        decoding=Decoding(Sampling(temperature)),
         name=f"test-{random.random()}",
         observer=events.append,
     )
@@ -286,7 +287,7 @@ def test_requests_that_vllm_refuses_are_named(synced: Running) -> None:
     ("arguments", "message"),
     [
         ({"tensor_paralel_size": 2}, "tensor_paralel_size=2: vLLM .* has no such engine argument"),
-        ({"max_num_seqs": 4}, "max_num_seqs=4 is below the 16 that data.init_args.cap"),
+        ({"max_num_seqs": 4}, "max_num_seqs=4 is below the 16 that flow.cap"),
         ({"max_model_len": 64}, "max_model_len=64 is below the 257"),
     ],
 )

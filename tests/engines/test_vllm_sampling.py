@@ -14,6 +14,7 @@ from copris_testing import SomePrompts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.datamodules.prompts.stream import PromptEncoder, PromptStream
 from copris_lightning.engines.engine import Chunk, Decoding, EngineSpec, GenerationRequest
 from copris_lightning.engines.vllm import VLLMEngine
@@ -52,7 +53,7 @@ def test_greedy_decoding_takes_the_most_likely_token_and_asks_for_no_logprobs(
     engine, call = synced
     made = []
     for seed in (0, 1):
-        decoding = Decoding(0.0, (), top_p=0.9, top_k=5, logprobs=False)
+        decoding = Decoding(Sampling(0.0, top_p=0.9, top_k=5), logprobs=False)
         chunks = call(chunks_of(engine, decoding, n=40, seed=seed))
         assert all(chunk.logprobs is None for chunk in chunks)
         assert chunks[-1].finish_reason == "length"
@@ -72,8 +73,11 @@ def test_top_k_and_top_p_narrow_the_choice(synced: Running, model: Any) -> None:
         scores = model(torch.tensor([PROMPT])).logits[0, -1]
     likely = scores.argsort(descending=True).tolist()
     first = [
-        {call(chunks_of(engine, decoding, n=1, seed=seed))[0].token_ids[0] for seed in range(30)}
-        for decoding in (Decoding(top_k=3), Decoding(top_p=1e-6), Decoding())
+        {
+            call(chunks_of(engine, Decoding(sampling), n=1, seed=seed))[0].token_ids[0]
+            for seed in range(30)
+        }
+        for sampling in (Sampling(top_k=3), Sampling(top_p=1e-6), Sampling())
     ]
     assert first[0] <= set(likely[:3])
     assert first[1] == {likely[0]}
@@ -144,7 +148,7 @@ def test_special_tokens_that_were_generated_are_text(
     letters = [tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))]
     # A special token wherever the model is likely to go: half of the vocabulary.
     tokenizer.add_special_tokens({"additional_special_tokens": letters[2:50]})
-    chunks = call(chunks_of(engine, Decoding(1.0, (STOP,)), n=60, seed=0))
+    chunks = call(chunks_of(engine, Decoding(stop_token_ids=(STOP,)), n=60, seed=0))
     ids = [token for chunk in chunks for token in chunk.token_ids]
     kept = ResponseDecoder(tokenizer, ends=(STOP,))(ids)
     stripped = ResponseDecoder(tokenizer, ends=(STOP,), special_tokens="strip")(ids)
@@ -153,6 +157,6 @@ def test_special_tokens_that_were_generated_are_text(
 
 
 def test_trust_is_the_modules_setting(tiny_checkpoint: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"change model\.init_args\.trust_remote_code"):
+    with pytest.raises(ConfigurationError, match=r"change trust_remote_code"):
         VLLMEngine({"trust_remote_code": True})
     assert EngineSpec(str(tiny_checkpoint), 1, 1, 98).trust_remote_code is False

@@ -12,6 +12,7 @@ import lightning as L
 import peft
 import pytest
 import torch
+from builders import small_data, small_module
 from copris_testing import SomePrompts, reference_logprobs
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
@@ -24,7 +25,6 @@ from copris_lightning import (
     CoprisModule,
     KLPenalty,
     LoRA,
-    RolloutDataModule,
     StalenessMonitor,
     VLLMEngine,
     VLLMServerEngine,
@@ -41,7 +41,7 @@ CHOSEN = LoRA(rank=4, alpha=6.0, target_modules=["q_proj", "mlp.down_proj"])
 
 
 def made(checkpoint: Path, lora: LoRA | None, **options: Any) -> CoprisModule:
-    module = CoprisModule(str(checkpoint), lora=lora, **options)
+    module = small_module(checkpoint, lora=lora, **options)
     module.configure_model()
     return module
 
@@ -306,21 +306,13 @@ def test_the_engine_computes_with_the_trained_adapters(
     sync: str, tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:
     engine = VLLMEngine(cpu_engine_args)
-    module = CoprisModule(
-        str(tiny_checkpoint),
+    module = small_module(
+        tiny_checkpoint,
         lora=LoRA(CHOSEN.rank, CHOSEN.alpha, CHOSEN.target_modules, sync=sync),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
     )
-    data = RolloutDataModule(
-        str(tiny_checkpoint),
-        prompts=SomePrompts(),
-        reward=ShareOfDigits(),
-        engine=engine,
-        cap=20,
-        batch_groups=4,
-        group_size=2,
-        max_prompt_tokens=16,
-        max_new_tokens=48,
+    data = small_data(
+        tiny_checkpoint, engine, prompts=SomePrompts(), reward=ShareOfDigits(), cap=20
     )
     weight_sync, scores = WeightSync(parity_sequences=8), Scores(tiny_checkpoint)
     monitor = StalenessMonitor()
@@ -364,7 +356,7 @@ def test_engines_refuse_adapters_that_they_cannot_take(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, r"model\.init_args\.lora\.rank=0 must be at least 1"),
+        ({"rank": 0}, r"rank=0 must be at least 1"),
         ({"alpha": 0.0}, r"lora\.alpha=0\.0 must be a number above 0"),
         ({"sync": "both"}, r"lora\.sync='both' must be merge or adapter"),
         ({"target_modules": []}, r"lora\.target_modules=\[\] names no layer"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders import small_module
 from copris_testing import reference_logprobs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,8 +19,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from copris_lightning.core.batching import collate
 from copris_lightning.core.estimator.corrections import Masking, Truncation
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.normalization import NORMALIZATIONS, UpdateTotals
 from copris_lightning.core.estimator.penalties import KLPenalty
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import PromptGroup, Segment, Trajectory
 from copris_lightning.datamodules.divide import BatchShape, divide
 from copris_lightning.errors import ConfigurationError, QuarantineError
@@ -30,7 +33,7 @@ from copris_lightning.policy.module import CoprisModule
 def module(tiny_checkpoint: Path) -> CoprisModule:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # rounding differs with the number of threads, and it is faster here
-    module = CoprisModule(str(tiny_checkpoint), logprob_chunk_tokens=7)
+    module = small_module(tiny_checkpoint, logprob_chunk_tokens=7)
     module.configure_model()
     yield module
     torch.set_num_threads(threads)
@@ -57,7 +60,7 @@ def groups(seed: int, count: int = 4) -> list[PromptGroup]:
 
 def test_logprobs_equal_a_row_by_row_reference_and_ignore_padding(module: CoprisModule) -> None:
     rows = [t for group in groups(0) for t in group.trajectories]
-    batch = collate(rows, source="engine", temperature=0.7)
+    batch = collate(rows, source="engine", sampling=Sampling(0.7))
     with torch.no_grad():
         ours = module(batch)
     for row, t in zip(ours, rows, strict=True):
@@ -96,12 +99,11 @@ def gradients(module: CoprisModule, batches: list[Any], world: int, steps: int) 
 def test_gradients_do_not_depend_on_the_split(
     module: CoprisModule, seed: int, world: int, steps: int, normalization: str
 ) -> None:
-    module.normalization = normalization
+    module.estimator = Estimator(normalization=normalization)
     options: dict[str, Any] = {
         "source": "engine",
         "policy_version": 3,
-        "temperature": 1.0,
-        "max_new_tokens": 40,
+        "sampling": Sampling(max_new_tokens=40),
         "metrics": {},
         "seed": 0,
     }
@@ -112,7 +114,7 @@ def test_gradients_do_not_depend_on_the_split(
     ours = gradients(module, micro_batches, world, steps)
     # What is added up may nearly cancel: rounding is relative to the parts.
     scale = sum(gradients(module, [b], 1, 1).norm() for b in micro_batches)
-    module.normalization = "token_mean"
+    module.estimator = Estimator()
     assert (ours - expected).norm() <= 1e-6 * scale
 
 
@@ -146,7 +148,7 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
         # The head is tied, so its logit is NaN everywhere: no input is left to train on.
         with (
             pytest.warns(UserWarning, match=re.escape(rows[0].name)),
-            pytest.raises(QuarantineError, match=r"for any input.*model\.init_args\.dtype=float32"),
+            pytest.raises(QuarantineError, match=r"for any input.*precision\.dtype=float32"),
         ):
             module.training_step(broken, 0)
         # Only as an input this time: the head is untied.
@@ -184,7 +186,7 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
 
 def test_a_penalty_towards_the_reference_pulls_back_to_it(tiny_checkpoint: Path) -> None:
     """At the reference the penalty and its gradient are zero; away from it they are not."""
-    penalized = CoprisModule(str(tiny_checkpoint), kl=KLPenalty(0.5, "k3"), entropy_coefficient=0.1)
+    penalized = small_module(tiny_checkpoint, kl=KLPenalty(0.5, "k3"), entropy_coefficient=0.1)
     penalized.configure_model()
     penalized.on_fit_start()
     rows = [t for group in groups(4) for t in group.trajectories]
@@ -212,7 +214,7 @@ def test_a_penalty_towards_the_reference_pulls_back_to_it(tiny_checkpoint: Path)
 
 
 def test_an_entropy_bonus_raises_the_entropy(tiny_checkpoint: Path) -> None:
-    rewarded = CoprisModule(str(tiny_checkpoint), entropy_coefficient=1.0)
+    rewarded = small_module(tiny_checkpoint, entropy_coefficient=1.0)
     rewarded.configure_model()
     with torch.no_grad():
         for parameter in rewarded.parameters():
@@ -262,20 +264,24 @@ def test_named_weights_are_the_checkpoints_with_tied_ones_once(module: CoprisMod
         ({"logprob_chunk_tokens": 0}, "logprob_chunk_tokens=0"),
         ({"dtype": "int8"}, "dtype='int8'"),
         ({"normalization": "mean"}, "normalization='mean'"),
-        ({"entropy_coefficient": -1.0}, "model.init_args.entropy_coefficient=-1.0"),
-        ({"kl": KLPenalty(reference="/nowhere")}, "model.init_args.kl.reference='/nowhere'"),
+        ({"entropy_coefficient": -1.0}, "^entropy_coefficient=-1.0"),
+        ({"kl": KLPenalty(reference="/nowhere")}, "^estimator.kl.reference='/nowhere'"),
         (
             {"corrections": [Truncation(), Masking(reweigh=True)]},
-            "model.init_args.corrections: truncation_token and masking_mismatch_token",
+            "^corrections: truncation_token and masking_mismatch_token",
         ),
-        ({"model": "/nowhere"}, "model.init_args.model='/nowhere'"),
     ],
 )
 def test_settings_that_cannot_work_are_named(
     tiny_checkpoint: Path, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        CoprisModule(**{"model": str(tiny_checkpoint), **change})
+        small_module(tiny_checkpoint, **change)
+
+
+def test_a_model_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"^model='/nowhere'"):
+        CoprisModule("/nowhere")
 
 
 def test_a_model_that_changes_its_logits_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_a_config_that_cannot_be_read_is_an_error_that_says_what_is_wrong(
     checkpoint: Path, change: Any, says: str
 ) -> None:
     change_json(checkpoint / "config.json", **change)
-    with pytest.raises(ConfigurationError, match=f"^model.init_args.model='.*{says}"):
+    with pytest.raises(ConfigurationError, match=f"^model='.*{says}"):
         load_config(str(checkpoint))
 
 
@@ -111,7 +111,7 @@ def test_code_of_its_own_is_refused_by_the_names_of_its_files(own: Path) -> None
     with pytest.raises(ConfigurationError) as refused:
         load_config(str(own))
     assert "configuration_own.py, modeling_own.py" in str(refused.value)
-    assert "model.init_args.trust_remote_code=true" in str(refused.value)
+    assert "trust_remote_code=true" in str(refused.value)
     assert "no folder" not in str(refused.value)
 
 

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, tiny_architecture
+from copris_testing import SomePrompts
 from simulated_fits import LoggingModule, build
 from torch import Tensor, nn
 
+from copris_lightning import Evaluation
 from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.trajectory import Segment, Trajectory
 from copris_lightning.errors import ConfigurationError
@@ -91,11 +93,10 @@ class NoisyModule(LoggingModule):
 def test_a_policy_that_gives_two_answers_is_refused_before_anything_is_generated(
     tiny_checkpoint: Path, tmp_path: Path, validation: bool
 ) -> None:
-    trainer, module, data, log = build(tiny_checkpoint, tmp_path, max_steps=2)
+    settings = {"evaluations": {"some": Evaluation(SomePrompts(4))}} if validation else {}
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data=settings, max_steps=2)
     module.__class__ = NoisyModule
-    if validation:
-        data.sources["val_prompts"] = data.sources["prompts"]
     with pytest.raises(ConfigurationError, match=r"layers\.1\.mlp \(Noisy\)") as error:
         trainer.fit(module, datamodule=data)
-    assert f"model.init_args.model={str(tiny_checkpoint)!r}" in str(error.value)
+    assert f"model={str(tiny_checkpoint)!r}" in str(error.value)
     assert log == []

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.lora import LoRA
+from copris_lightning.policy.settings import Precision
 from copris_lightning.policy.sharding import check_strategy
 
 
@@ -31,7 +32,7 @@ def trainer(
     **options: Any,
 ) -> Any:
     module = SimpleNamespace(
-        dtype_name=dtype,
+        precision=Precision(dtype),
         estimator=SimpleNamespace(kl=kl),
         lora=lora,
         optimizer=lambda parameters: torch.optim.AdamW(parameters),
@@ -67,8 +68,8 @@ def test_stage_2_holds_a_reference_and_evaluates() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl": KLPenalty()}, r"model\.init_args\.kl: .*deepspeed_stage_2"),
-        ({**REFERENCE, "lora": LoRA()}, r"model\.init_args\.kl: .*deepspeed_stage_2"),
+        ({"kl": KLPenalty()}, r"estimator\.kl: .*deepspeed_stage_2"),
+        ({**REFERENCE, "lora": LoRA()}, r"estimator\.kl: .*deepspeed_stage_2"),
         ({"fn": TrainerFn.TESTING}, r"not to test; make one file"),
         ({"gradient_clip_algorithm": "value"}, r"gradient_clip_algorithm=value .* use norm"),
         ({"dtype": "bfloat16"}, r"dtype=bfloat16: .*precision=32-true.* set dtype=float32"),
@@ -82,8 +83,8 @@ def test_what_stage_3_cannot_do_is_refused(options: dict[str, Any], message: str
 @pytest.mark.parametrize(
     ("key", "value", "ours"),
     [
-        ("optimizer", {"type": "AdamW"}, r"model\.init_args\.optimizer"),
-        ("scheduler", {"type": "WarmupLR"}, r"model\.init_args\.lr_scheduler"),
+        ("optimizer", {"type": "AdamW"}, "optimizer"),
+        ("scheduler", {"type": "WarmupLR"}, "lr_scheduler"),
         ("gradient_accumulation_steps", 4, r"trainer\.accumulate_grad_batches"),
         ("gradient_clipping", 1.0, r"trainer\.gradient_clip_val"),
     ],

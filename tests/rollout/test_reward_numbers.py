@@ -17,7 +17,7 @@ from some_rewards import DoesWhatItIsTold
 
 from copris_lightning.errors import RewardError
 from copris_lightning.rollout.reward_process import Failure, _verdict, as_number
-from copris_lightning.rollout.rewards import Prompt, RewardScorer
+from copris_lightning.rollout.rewards import Prompt, RewardScorer, Scoring
 
 
 class Grade(IntEnum):
@@ -147,7 +147,7 @@ def test_integers_too(number):
 
 
 def test_it_is_converted_in_the_worker_and_the_error_names_prompt_and_value():
-    scorer = RewardScorer(DoesWhatItIsTold())
+    scorer = RewardScorer(Scoring(DoesWhatItIsTold()))
 
     async def several():
         expressions = (

@@ -16,7 +16,7 @@ from some_rewards import Alarmed, AlarmedJudge, DoesWhatItIsTold, Judge, TwoArgu
 
 from copris_lightning.engines.virtual_time import VirtualClockLoop
 from copris_lightning.errors import ConfigurationError, RewardError
-from copris_lightning.rollout.rewards import Prompt, RewardScorer
+from copris_lightning.rollout.rewards import Prompt, RewardScorer, Scoring
 
 PROMPT = Prompt("sum-7", text="3 + 4 =", answer="7", extra={"level": 2})
 
@@ -24,7 +24,7 @@ PROMPT = Prompt("sum-7", text="3 + 4 =", answer="7", extra={"level": 2})
 @pytest.fixture(scope="module")
 def scorer():
     """One process for all tests that need one."""
-    made = RewardScorer(DoesWhatItIsTold(), timeout_s=2.0)
+    made = RewardScorer(Scoring(DoesWhatItIsTold(), timeout_s=2.0))
     yield made
     made.close()
 
@@ -58,7 +58,7 @@ def test_workers_leave_signals_to_the_main_process(scorer):
 @pytest.mark.parametrize("reward", [Alarmed(), AlarmedJudge()], ids=["plain", "async"])
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, VirtualClockLoop])
 def test_a_reward_may_limit_itself_by_an_alarm_on_every_engines_loop(reward, new_loop):
-    scorer, loop = RewardScorer(reward), new_loop()
+    scorer, loop = RewardScorer(Scoring(reward), new_loop())
     assert loop.run_until_complete(scorer("x", PROMPT)) == 0.25
     scorer.close()
     loop.close()
@@ -91,7 +91,7 @@ def test_an_exception_that_cannot_be_sent_is_shown(scorer):
 def test_a_call_past_its_limit_is_killed_and_the_next_one_works(scorer):
     worker = score(scorer, "pid")  # the limit is for the call, not for the worker's start
     began = time.monotonic()
-    with pytest.raises(RewardError, match=r"'sum-7' took longer than.*reward_timeout_s=2.0"):
+    with pytest.raises(RewardError, match=r"'sum-7' took longer than.*timeout_s=2.0"):
         score(scorer, "hang")
     assert 2.0 <= time.monotonic() - began < 30
     assert score(scorer, "pid") != worker
@@ -153,7 +153,7 @@ def test_a_prompt_that_cannot_be_sent_is_an_error_that_names_it(scorer):
 
 def test_all_workers_can_be_started_before_the_first_call():
     before = children()
-    scorer = RewardScorer(DoesWhatItIsTold(), workers=2)
+    scorer = RewardScorer(Scoring(DoesWhatItIsTold(), workers=2))
     asyncio.run(scorer.start())
     workers = children() - before
     assert len(workers) == 2
@@ -164,7 +164,7 @@ def test_all_workers_can_be_started_before_the_first_call():
 
 def test_closing_leaves_no_process_and_may_be_repeated():
     before = children()
-    scorer = RewardScorer(parity)
+    scorer = RewardScorer(Scoring(parity))
     scorer.close()  # before any process was needed
     assert score(scorer, "four") == 0.0
     assert len(children() - before) == 1
@@ -176,7 +176,7 @@ def test_closing_leaves_no_process_and_may_be_repeated():
 
 
 def test_closing_does_not_wait_for_a_busy_worker():
-    scorer = RewardScorer(DoesWhatItIsTold(), timeout_s=100.0)
+    scorer = RewardScorer(Scoring(DoesWhatItIsTold(), timeout_s=100.0))
 
     async def close_in_the_middle():
         await scorer.start()
@@ -193,8 +193,8 @@ def test_closing_does_not_wait_for_a_busy_worker():
 
 
 def test_a_scorer_is_named_after_its_reward():
-    assert RewardScorer(Judge()).name == "Judge"
-    assert RewardScorer(parity).name == "parity"
+    assert RewardScorer(Scoring(Judge())).name == "Judge"
+    assert RewardScorer(Scoring(parity)).name == "parity"
 
 
 # -- settings ------------------------------------------------------------------------------
@@ -202,10 +202,8 @@ def test_a_scorer_is_named_after_its_reward():
 
 @pytest.mark.parametrize("reward", [Judge, "math", None, 3])
 def test_a_reward_must_be_a_callable_instance(reward):
-    with pytest.raises(
-        ConfigurationError, match=r"data.init_args.reward: .*not callable"
-    ) as caught:
-        RewardScorer(reward)
+    with pytest.raises(ConfigurationError, match=r"^reward: .*not callable") as caught:
+        RewardScorer(Scoring(reward))
     assert repr(reward) in str(caught.value)
 
 
@@ -233,17 +231,17 @@ def unpicklable() -> dict[str, object]:
 
 @pytest.mark.parametrize("kind", unpicklable())
 def test_a_reward_must_be_picklable(kind):
-    with pytest.raises(ConfigurationError, match=r"data.init_args.reward: .*top level of a module"):
-        RewardScorer(unpicklable()[kind])
+    with pytest.raises(ConfigurationError, match=r"^reward: .*top level of a module"):
+        RewardScorer(Scoring(unpicklable()[kind]))
 
 
 @pytest.mark.parametrize("timeout_s", [0, -1.0, math.nan])
 def test_the_time_limit_must_be_above_zero(timeout_s):
-    with pytest.raises(ConfigurationError, match=f"data.init_args.reward_timeout_s={timeout_s} "):
-        RewardScorer(parity, timeout_s=timeout_s)
+    with pytest.raises(ConfigurationError, match=f"^timeout_s={timeout_s} "):
+        RewardScorer(Scoring(parity, timeout_s=timeout_s))
 
 
 @pytest.mark.parametrize("workers", [0, -2])
 def test_there_must_be_a_worker(workers):
-    with pytest.raises(ConfigurationError, match=f"data.init_args.reward_workers={workers} "):
-        RewardScorer(parity, workers=workers)
+    with pytest.raises(ConfigurationError, match=f"^workers={workers} "):
+        RewardScorer(Scoring(parity, workers=workers))

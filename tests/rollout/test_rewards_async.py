@@ -11,14 +11,14 @@ import pytest
 from some_rewards import Judge, judged
 
 from copris_lightning.errors import RewardError
-from copris_lightning.rollout.rewards import Prompt, RewardScorer
+from copris_lightning.rollout.rewards import Prompt, RewardScorer, Scoring
 
 PROMPT = Prompt("sum-7", text="3 + 4 =", answer="7")
 
 
 @pytest.fixture(scope="module")
 def scorer():
-    made = RewardScorer(Judge(), timeout_s=1.5)
+    made = RewardScorer(Scoring(Judge(), timeout_s=1.5))
     yield made
     made.close()
 
@@ -54,7 +54,7 @@ def test_what_a_reward_opens_on_its_loop_stays_usable(scorer):
     ids=["function", "method", "partial"],
 )
 def test_async_functions_methods_and_partials_are_awaited(reward, expected):
-    made = RewardScorer(reward)
+    made = RewardScorer(Scoring(reward))
     assert score(made, "x") == [expected]
     made.close()
 
@@ -63,7 +63,7 @@ def test_a_call_past_its_limit_is_cancelled_and_the_others_go_on(scorer):
     worker, before = score(scorer, "pid", "cancelled")
     late, fine = score(scorer, "sleep 1000", "sleep 0.5")
     assert isinstance(late, RewardError)
-    assert "'sleep 1000' took longer than data.init_args.reward_timeout_s=1.5" in str(late)
+    assert "'sleep 1000' took longer than task.scoring.timeout_s=1.5" in str(late)
     assert fine == 0.5
     assert score(scorer, "pid", "cancelled") == [worker, before + 1]
 

@@ -7,14 +7,14 @@ from some_rewards import Judge, Restless, RestlessJudge
 
 from copris_lightning.errors import RewardError
 from copris_lightning.rollout.filters import ZeroVarianceFilter
-from copris_lightning.rollout.rewards import RewardScorer
+from copris_lightning.rollout.rewards import RewardScorer, Scoring
 
 SHAPE = {"cap": 24, "batch_groups": 3, "group_size": 4, "median": 6.0, "max_new_tokens": 24}
 
 
 def history(rollout, reward, workers, **settings):
     """Everything that happened in some stages, and what was trained on."""
-    scorer = RewardScorer(reward, workers=workers)
+    scorer = RewardScorer(Scoring(reward, workers=workers))
     run = rollout(**SHAPE, scorer=scorer, **settings)
     run.scheduler._accept = ZeroVarianceFilter(1000, "reward")  # groups are dropped and replaced
     run.stages(4)
@@ -37,7 +37,7 @@ def test_runs_are_the_same_however_long_rewards_take_and_whoever_computes_them(r
 
 
 def test_it_takes_no_virtual_time(rollout):
-    scorer = RewardScorer(Restless(0.05), workers=2)
+    scorer = RewardScorer(Scoring(Restless(0.05), workers=2))
     run = rollout(**SHAPE, scorer=scorer)
     run.collect()
     scorer.close()
@@ -48,10 +48,10 @@ def test_it_takes_no_virtual_time(rollout):
 
 
 def test_a_reward_that_hangs_fails_the_stage_within_its_limit(rollout):
-    scorer = RewardScorer(Judge(), timeout_s=1.0)
+    scorer = RewardScorer(Scoring(Judge(), timeout_s=1.0))
     run = rollout(**SHAPE, scorer=scorer)
     run.scheduler._decode = lambda token_ids: "sleep 1000" if len(token_ids) > 3 else "value 1"
-    with pytest.raises(RewardError, match=r"'p\d+' took longer than.*reward_timeout_s=1.0"):
+    with pytest.raises(RewardError, match=r"'p\d+' took longer than.*timeout_s=1.0"):
         run.collect()
     assert run.buffer.in_flight == 0
     scorer.close()

@@ -15,7 +15,7 @@ from served import is_alive
 from some_rewards import Unloadable, parity
 
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.rollout.rewards import Prompt, RewardScorer
+from copris_lightning.rollout.rewards import Prompt, RewardScorer, Scoring
 
 REWARD = """
 class Exact:
@@ -35,7 +35,7 @@ from copris_lightning.rollout.rewards import Prompt, RewardScorer
 
 def run(reward):
     try:
-        scorer = RewardScorer(reward)
+        scorer = RewardScorer(Scoring(reward))
     except ConfigurationError as error:
         print("refused:", error)
         return
@@ -91,7 +91,7 @@ def test_a_reward_that_no_file_defines_is_refused_at_once_with_advice(tmp_path, 
     lines = output.splitlines()
     assert len(lines) == 4
     for line, name in zip(lines, ["Exact", "Exact", "exact", "exact"], strict=True):
-        assert line.startswith(f"refused: data.init_args.reward: {name} is defined in a notebook")
+        assert line.startswith(f"refused: reward: {name} is defined in a notebook")
         assert f"{ADVICE} {name}`" in line
 
 
@@ -123,7 +123,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
     script = REWARD + RUN + session + "refuse_second_run()\nrun(Exact())\n"
     (tmp_path / "script.py").write_text(script)
     (line,) = python(tmp_path, "script.py").splitlines()
-    assert line.startswith("could not start: data.init_args.reward: a worker process cannot load")
+    assert line.startswith("could not start: task.scoring.reward: a worker process cannot load")
     assert "script.py starts the run when it is imported" in line
     assert 'if __name__ == "__main__":' in line
 
@@ -132,7 +132,7 @@ def test_a_script_without_a_guard_is_told_so(tmp_path):
 
 
 def start(reward: object, start_s: float = 60.0) -> float:
-    scorer = RewardScorer(reward)
+    scorer = RewardScorer(Scoring(reward))
     scorer.start_s = start_s
     began = time.monotonic()
     try:
@@ -151,7 +151,7 @@ def start(reward: object, start_s: float = 60.0) -> float:
     ],
 )
 def test_a_reward_that_cannot_be_loaded_is_a_setting_that_cannot_work(what, says):
-    with pytest.raises(ConfigurationError, match=rf"^data.init_args.reward: .*{says}") as error:
+    with pytest.raises(ConfigurationError, match=rf"^task.scoring.reward: .*{says}") as error:
         start(Unloadable(what))
     assert (error.value.__cause__ is None) == (what == "exit")
 
@@ -175,7 +175,7 @@ def test_a_module_that_only_this_process_knows_is_named(tmp_path):
 
 
 def test_after_a_fault_every_call_says_so():
-    scorer = RewardScorer(Unloadable("ImportError('gone')"))
+    scorer = RewardScorer(Scoring(Unloadable("ImportError('gone')")))
     for _ in range(2):
         with pytest.raises(ConfigurationError, match="gone"):
             asyncio.run(scorer("x", Prompt("p", text="")))
@@ -183,7 +183,7 @@ def test_after_a_fault_every_call_says_so():
 
 
 def test_starting_twice_is_no_harm():
-    scorer = RewardScorer(parity, workers=2)
+    scorer = RewardScorer(Scoring(parity, workers=2))
     for _ in range(2):
         asyncio.run(scorer.start())
     scorer.close()
@@ -193,8 +193,9 @@ def test_starting_twice_is_no_harm():
 
 FIT = """
 import lightning as L
+from builders import small_data
 from copris_testing import SomePrompts
-from copris_lightning import CoprisModule, RolloutDataModule, SimulatedEngine, WeightSync
+from copris_lightning import CoprisModule, SimulatedEngine, WeightSync
 import sys
 
 class Engine(SimulatedEngine):
@@ -203,9 +204,9 @@ class Engine(SimulatedEngine):
         await super().start(spec)
 
 def main():
-    data = RolloutDataModule(
-        sys.argv[1], SomePrompts(8), Reward(), Engine(), cap=4, batch_groups=2, group_size=2,
-        max_prompt_tokens=16, max_new_tokens=8,
+    data = small_data(
+        sys.argv[1], Engine(), prompts=SomePrompts(8), reward=Reward(), cap=4, groups=2,
+        max_new_tokens=8,
     )
     trainer = L.Trainer(
         accelerator="cpu", max_steps=1, logger=False, enable_checkpointing=False,
@@ -238,7 +239,7 @@ def test_a_script_whose_reward_needs_a_guard_is_told_before_the_engine_boots(
     output, errors = fit(tmp_path, tiny_checkpoint, reward + FIT + "main()\n")
     assert "the engine boots" not in output
     last = errors.strip().splitlines()[-1]
-    assert "ConfigurationError: data.init_args.reward: a worker process cannot load Reward" in last
+    assert "ConfigurationError: task.scoring.reward: a worker process cannot load Reward" in last
     assert "script.py starts the run when it is imported" in last
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -22,9 +23,10 @@ def test_the_best_checkpoint_is_kept_under_a_name_without_a_slash(
     configs = [ROOT / "configs" / "simulated.yaml", ROOT / "configs" / "overlays" / "best.yaml"]
     args = [f"--config={path}" for path in configs]
     args += [f"--model.init_args.model={tiny_checkpoint}", "--trainer.max_steps=4"]
-    args += ["--trainer.val_check_interval=2", "--data.init_args.reward=some_rewards.Parity"]
+    args += ["--trainer.val_check_interval=2", "--reward=some_rewards.Parity"]
     prompts = "copris_lightning.quickstart.task.AdditionPrompts"
-    args += [f"--data.init_args.val_prompts={prompts}", "--data.init_args.val_prompts.size=8"]
+    addition = {"prompts": {"class_path": prompts, "init_args": {"size": 8}}}
+    args.append(f"--data.init_args.evaluations={json.dumps({'addition': addition})}")
     assert main(["fit", *args]) == 0
     saved = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")]
     [best] = saved
@@ -33,5 +35,7 @@ def test_the_best_checkpoint_is_kept_under_a_name_without_a_slash(
         best,
     )
     assert found, saved
-    shown = [float(x) for x in re.findall(r"val/avg_at_k=(0\.\d+)", capsys.readouterr().out)]
+    shown = [
+        float(x) for x in re.findall(r"val/addition/avg_at_k=(0\.\d+)", capsys.readouterr().out)
+    ]
     assert float(found[2]) == pytest.approx(max(shown), abs=6e-4)

@@ -13,10 +13,11 @@ import torch
 from simulated_fits import build, ledger
 from some_rewards import another, by_answer
 
+from copris_lightning import Evaluation, Sampling
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
 
-SIZES = {"cap": 16, "batch_groups": 3, "max_new_tokens": 24}
+SIZES = {"cap": 16, "groups": 3, "max_new_tokens": 24}
 
 
 class Rows:
@@ -98,7 +99,7 @@ LONG = Prompt("long", text="1+1=" * 5, answer="answer 1")
         ({"prompts": Rows(rows(9))}, "there were 10 prompts, and there are 9"),
         ({"prompts": Rows(rows(11))}, r"prompt 'p010' \(row 10\) and those after it are new"),
         ({"prompts": Rows(rows()[::-1])}, r"'p009' \(row 0\) was number 9: the order is another"),
-        ({"seed": 7}, r"data\.init_args\.seed=7 .*seed_everything\) is not the checkpoint's 0"),
+        ({"seed": 7}, r"seed=7 .*seed_everything\) is not the checkpoint's 0"),
         ({"temperature": 0.7}, r"temperature=0\.7 is not the checkpoint's 1\.0.*responses"),
         ({"max_new_tokens": 20}, "max_new_tokens=24, this run has 20"),
         ({"group_size": 3}, "group_size=2, this run has 3"),
@@ -140,9 +141,9 @@ def test_logprobs_that_only_older_weights_could_give_are_not_recomputed(
     [
         {},
         {"cap": 5},
-        {"batch_groups": 2},
-        {"val_prompts": Rows(rows(3)), "val_temperature": 0.5},
-        {"reward_timeout_s": 5.0},
+        {"groups": 2},
+        {"evaluations": {"val": Evaluation(Rows(rows(3)), sampling=Sampling(0.5))}},
+        {"timeout_s": 5.0},
     ],
     ids=str,
 )

@@ -64,7 +64,7 @@ def make(
         **options,
     }
     data = {
-        "updates_per_batch": UPDATES,
+        "updates": UPDATES,
         "cap": 16,
         "max_new_tokens": 16,
         **settings.pop("data", {}),
@@ -277,7 +277,7 @@ def test_batches_may_be_divided_in_another_way_from_a_whole_one_on(
     trainer, module, data, recorder = make(
         tiny_checkpoint,
         tmp_path,
-        data={"updates_per_batch": updates},
+        data={"updates": updates},
         accumulate_grad_batches=accumulate,
         max_steps=UPDATES + 3 * updates,
     )

@@ -109,5 +109,5 @@ def test_a_ledger_that_another_process_writes_is_refused(
 def test_a_directory_for_weights_must_be_there_and_writable(directory: str, tmp_path: Path) -> None:
     (tmp_path / "a file").touch()
     engine = VLLMEngine(sync_directory=str(tmp_path / directory))
-    with pytest.raises(ConfigurationError, match=r"engine.init_args.sync_directory=.* cannot"):
+    with pytest.raises(ConfigurationError, match=r"sync_directory=.* cannot"):
         engine.validate(EngineSpec("m", 8, 100, 98))

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from simulated_fits import build
 from some_rewards import failing as failing_reward
 
+from copris_lightning import Evaluation
 from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError, QuarantineError, RewardError, RolloutError
 from copris_lightning.quickstart.warm_start import tiny_model
@@ -25,12 +26,12 @@ SCENARIOS: dict[str, Callable[[Path, Path], Any]] = {}
 
 UNEVEN: dict[str, Any] = {
     "accumulate_grad_batches": 1,
-    "data": {"batch_groups": 1, "cap": 2},
+    "data": {"groups": 1, "cap": 2},
     "model": {"logprob_chunk_tokens": 4},
 }
 """A trajectory per rank: one has more chunks of logits than the other."""
 
-TWO_UPDATES: dict[str, Any] = {"data": {"updates_per_batch": 2, "batch_groups": 8}, "max_steps": 4}
+TWO_UPDATES: dict[str, Any] = {"data": {"updates": 2, "groups": 8}, "max_steps": 4}
 
 
 def falling(optimizer: Any) -> Any:
@@ -145,7 +146,7 @@ def stage_3_resumed_within_a_batch(checkpoint: Path, directory: Path) -> Any:
 def cut_within_a_step(stage: int, checkpoint: Path, directory: Path) -> Any:
     """What goes on from a checkpoint between two micro-batches of a step."""
     save = ranks.SaveWithinAStep(directory)
-    options: dict[str, Any] = {"data": {"updates_per_batch": 2}, "max_steps": 6}
+    options: dict[str, Any] = {"data": {"updates": 2}, "max_steps": 6}
     uncut = train(stage, checkpoint, directory / "uncut", callbacks=[save], **options)
     cut = train(stage, checkpoint, directory / "cut", ckpt_path=save.file, **options)
     return {"uncut": uncut, "cut": cut}
@@ -168,7 +169,7 @@ def validate(stage: int, checkpoint: Path, directory: Path, ckpt_path: Path) -> 
         strategy=CPUDeepSpeedStrategy(stage),
         accelerator=CPUForDeepSpeed(),
         devices=2,
-        data={"val_prompts": SomePrompts(4)},
+        data={"evaluations": {"val": Evaluation(SomePrompts(4))}},
         model=ranks.trained_adapters() if stage == 3 else None,
     )
     try:
@@ -220,7 +221,7 @@ def failing(checkpoint: Path, directory: Path) -> Any:
 
 @scenario
 def failing_in_validation(checkpoint: Path, directory: Path) -> Any:
-    return fail(checkpoint, directory, val_prompts=SomePrompts(4))
+    return fail(checkpoint, directory, evaluations={"val": Evaluation(SomePrompts(4))})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from copris_lightning.core.estimator.corrections import LagRejection, Masking, Truncation
-from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.losses import CispoLoss, ClippedPolicyLoss, ReinforceLoss
 from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.core.estimator.ratios import (
@@ -223,7 +223,7 @@ def oracle(estimator, advantage, row):
 
 
 ESTIMATORS = st.builds(
-    PolicyGradient,
+    Estimator,
     loss=st.sampled_from(LOSSES),
     ratio=st.sampled_from(RATIOS),
     corrections=st.lists(st.sampled_from(CORRECTIONS), unique_by=lambda c: c.name, max_size=3),

@@ -16,9 +16,9 @@ SCRIPT = Path(sys.executable).parent / "copris"
 
 # The README's lengths are a real model's; the tiny one takes 512 tokens in all.
 SMALL = [
-    *("--data.init_args.max_prompt_tokens=64", "--data.init_args.max_new_tokens=64"),
-    *("--data.init_args.cap=16", "--data.init_args.batch_groups=4"),
-    *("--data.init_args.group_size=2", "--trainer.accumulate_grad_batches=2"),
+    *("--max_prompt_tokens=64", "--max_new_tokens=64"),
+    *("--cap=16", "--batch_groups=4"),
+    *("--group_size=2", "--trainer.accumulate_grad_batches=2"),
     "--trainer.accelerator=cpu",
 ]
 SIMULATED = "--data.init_args.engine=copris_lightning.SimulatedEngine"

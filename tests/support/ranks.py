@@ -32,7 +32,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
-from copris_lightning import LoRA
+from copris_lightning import Evaluation, LoRA
 from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.errors import ConfigurationError, RewardError, RolloutError
 from copris_lightning.policy.policy import Policy
@@ -193,7 +193,7 @@ class SaveWithinAStep(L.Callback):
 def ddp_cut_within_a_step(checkpoint: Path, directory: Path) -> Any:
     """The uncut run, and what goes on from a checkpoint of it."""
     save = SaveWithinAStep(directory)
-    options: dict[str, Any] = {"data": {"updates_per_batch": 2}, "max_steps": 6}
+    options: dict[str, Any] = {"data": {"updates": 2}, "max_steps": 6}
     uncut = train("ddp", checkpoint, directory / "uncut", callbacks=[save], **options)
     cut = train("ddp", checkpoint, directory / "cut", ckpt_path=save.file, **options)
     return {"uncut": uncut, "cut": cut}
@@ -216,14 +216,14 @@ def fsdp2_in_mixed_precision(checkpoint: Path, directory: Path) -> Any:
 @scenario
 def long_rollout(checkpoint: Path, directory: Path) -> Any:
     """Rank 0's rollout takes longer than the ranks' process group waits for anything."""
-    data = {"reward": SlowFirst(TIME_LIMIT_S + 5), "reward_timeout_s": 120.0}
+    data = {"reward": SlowFirst(TIME_LIMIT_S + 5), "timeout_s": 120.0}
     return train("ddp", checkpoint, directory, data=data, max_steps=1)
 
 
 @scenario
 def skewed(checkpoint: Path, directory: Path) -> Any:
     """One long and one short trajectory; the longer one, if cut off, is left out of the loss."""
-    data = {"batch_groups": 1, "cap": 2, "max_new_tokens": 12, "truncated": "mask"}
+    data = {"groups": 1, "cap": 2, "max_new_tokens": 12, "truncated": "mask"}
     options = {"accumulate_grad_batches": 1, "max_steps": 6, "data": data}
     return train("fsdp2", checkpoint, directory, **options)
 
@@ -268,7 +268,7 @@ def failing(checkpoint: Path, directory: Path) -> Any:
 
 @scenario
 def failing_in_validation(checkpoint: Path, directory: Path) -> Any:
-    return fail(checkpoint, directory, val_prompts=SomePrompts(4))
+    return fail(checkpoint, directory, evaluations={"val": Evaluation(SomePrompts(4))})
 
 
 @scenario

@@ -35,8 +35,8 @@ def quickstart(checkpoint: Path, *args: str) -> list[str]:
     return [
         *(sys.executable, "-m", "copris_lightning", "fit", "--config", config),
         *args,
-        *("--model.init_args.model", str(checkpoint)),
-        *(part for name, n in small.items() for part in (f"--data.init_args.{name}", str(n))),
+        *("--model", str(checkpoint)),
+        *(part for name, n in small.items() for part in (f"--{name}", str(n))),
     ]
 
 

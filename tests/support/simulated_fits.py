@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
-from copris_testing import SomePrompts
+from builders import small_data, small_module
 from lightning.pytorch.loggers import CSVLogger
-from some_rewards import parity
 from torch import Tensor
 
 from copris_lightning import (
@@ -64,23 +62,9 @@ def build(
     **trainer: Any,
 ) -> tuple[L.Trainer, LoggingModule, RolloutDataModule, list[str]]:
     log: list[str] = []
-    module = LoggingModule(
-        str(checkpoint), optimizer=lambda p: torch.optim.SGD(p, lr=lr), **(model or {})
-    )
+    module = small_module(checkpoint, LoggingModule, **{"lr": lr, **(model or {})})
     module.log_ = log
-    settings: dict[str, Any] = {
-        "prompts": SomePrompts(24),
-        "reward": parity,
-        "cap": 12,
-        "batch_groups": 4,
-        "group_size": 2,
-        "max_prompt_tokens": 16,
-        "max_new_tokens": 48,
-        **(data or {}),
-    }
-    datamodule = RolloutDataModule(
-        str(checkpoint), engine=LoggingEngine(log, faults=faults), **settings
-    )
+    datamodule = small_data(checkpoint, LoggingEngine(log, faults=faults), **(data or {}))
     datamodule.observers.append(lambda e: log.append("collect") if e.kind == "deliver" else None)
     options: dict[str, Any] = {
         "accelerator": "cpu",

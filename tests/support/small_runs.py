@@ -49,19 +49,25 @@ class Plain(Logger):
 def settle(directory: Path, checkpoint: Path) -> None:
     """Write ``run.yaml``: two batches, each with a checkpoint."""
     data = {
-        "prompts": {
-            "class_path": "copris_lightning.quickstart.task.AdditionPrompts",
-            "init_args": {"size": 64},
+        "task": {
+            "prompts": {
+                "class_path": "copris_lightning.quickstart.task.AdditionPrompts",
+                "init_args": {"size": 64},
+            },
+            "scoring": {"reward": {"class_path": "some_rewards.Parity"}},
+            "sampling": {"max_new_tokens": 32},
+            "max_prompt_tokens": 32,
         },
-        "val_prompts": {"class_path": "copris_testing.SomePrompts", "init_args": {"size": 4}},
-        "predict_prompts": {"class_path": "copris_testing.SomePrompts", "init_args": {"size": 4}},
-        "reward": {"class_path": "some_rewards.Parity"},
         "engine": {"class_path": "copris_lightning.SimulatedEngine"},
-        "cap": 8,
-        "batch_groups": 2,
-        "group_size": 2,
-        "max_prompt_tokens": 32,
-        "max_new_tokens": 32,
+        "flow": {"cap": 8},
+        "batch": {"groups": 2, "group_size": 2},
+        "evaluations": {
+            on: {
+                "prompts": {"class_path": "copris_testing.SomePrompts", "init_args": {"size": 4}},
+                "on": on,
+            }
+            for on in ("validate", "predict")
+        },
     }
     config = {
         "model": {

@@ -9,10 +9,11 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from builders import small_data, small_module
 from copris_testing import SomePrompts
 from some_rewards import ShareOfDigits
 
-from copris_lightning import CoprisModule, RolloutDataModule, StalenessMonitor, WeightSync
+from copris_lightning import StalenessMonitor, WeightSync
 from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import ConfigurationError, EngineError
@@ -40,18 +41,8 @@ def test_a_staged_run_with_vllms_transfer_and_a_sleeping_engine(
         enable_checkpointing=False,
         callbacks=[sync, StalenessMonitor()],
     )
-    module = CoprisModule(str(untied_checkpoint), optimizer=lambda p: torch.optim.SGD(p, lr=2.0))
-    data = RolloutDataModule(
-        str(untied_checkpoint),
-        prompts=SomePrompts(),
-        reward=ShareOfDigits(),
-        engine=engine,
-        cap=12,
-        batch_groups=4,
-        group_size=2,
-        max_prompt_tokens=16,
-        max_new_tokens=48,
-    )
+    module = small_module(untied_checkpoint, lr=2.0)
+    data = small_data(untied_checkpoint, engine, prompts=SomePrompts(), reward=ShareOfDigits())
     trainer.fit(module, data)
     # The weights did arrive, each time, and they did change.
     assert sync.version == 3
@@ -81,7 +72,7 @@ def test_what_needs_a_gpu_says_so_before_it_boots(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     [(name, value)] = change.items()
-    with pytest.raises(ConfigurationError, match=rf"engine\.init_args\.{name}={value} needs a GPU"):
+    with pytest.raises(ConfigurationError, match=rf"^{name}={value} needs a GPU"):
         VLLMEngine(**change).validate(EngineSpec(str(tiny_checkpoint), 4, 64, vocab_size=98))
 
 

@@ -27,8 +27,6 @@ from torch import Tensor
 from copris_lightning.core.estimator.ratios import TokenTerms, clamp_log_ratio
 from copris_lightning.errors import ConfigurationError
 
-KEY = "model.init_args.corrections.init_args"
-
 Level = Literal["token", "sequence", "geometric"]
 Quotient = Literal["mismatch", "policy"]
 
@@ -83,7 +81,7 @@ class Truncation(Correction):
     def __post_init__(self) -> None:
         _check_level(self.level)
         if not self.max_weight > 0:
-            raise ConfigurationError(f"{KEY}.max_weight={self.max_weight} must be above 0")
+            raise ConfigurationError(f"max_weight={self.max_weight} must be above 0")
 
     @property
     def name(self) -> str:
@@ -128,14 +126,14 @@ class Masking(Correction):
     def __post_init__(self) -> None:
         _check_level(self.level)
         if self.ratio not in ("mismatch", "policy"):
-            raise ConfigurationError(f"{KEY}.ratio={self.ratio!r} must be mismatch or policy")
+            raise ConfigurationError(f"ratio={self.ratio!r} must be mismatch or policy")
         if not 0 <= self.low <= (math.inf if self.high is None else self.high):
             raise ConfigurationError(
-                f"{KEY}.low={self.low} and high={self.high} must be 0 <= low <= high"
+                f"low={self.low} and high={self.high} must be 0 <= low <= high"
             )
         if self.reweigh and self.ratio == "policy":
             raise ConfigurationError(
-                f"{KEY}.reweigh=true needs ratio=mismatch: the loss has the policy ratio"
+                "reweigh=true needs ratio=mismatch: the loss has the policy ratio"
             )
 
     @property
@@ -178,9 +176,9 @@ class LagRejection(Correction):
 
     def __post_init__(self) -> None:
         if self.level not in ("token", "sequence"):
-            raise ConfigurationError(f"{KEY}.level={self.level!r} must be token or sequence")
+            raise ConfigurationError(f"level={self.level!r} must be token or sequence")
         if self.max_lag < 0:
-            raise ConfigurationError(f"{KEY}.max_lag={self.max_lag} must be at least 0")
+            raise ConfigurationError(f"max_lag={self.max_lag} must be at least 0")
 
     @property
     def name(self) -> str:
@@ -230,4 +228,4 @@ def _ratio(terms: TokenTerms, quotient: Quotient, level: Level) -> Tensor:
 
 def _check_level(level: str) -> None:
     if level not in ("token", "sequence", "geometric"):
-        raise ConfigurationError(f"{KEY}.level={level!r} must be token, sequence or geometric")
+        raise ConfigurationError(f"level={level!r} must be token, sequence or geometric")

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from copris_lightning.core.estimator.corrections import Correction
 from copris_lightning.core.estimator.losses import ClippedPolicyLoss, PolicyLoss
+from copris_lightning.core.estimator.normalization import NORMALIZATIONS, NormalizationName
 from copris_lightning.core.estimator.penalties import KLPenalty, k3
 from copris_lightning.core.estimator.ratios import Ratio, TokenRatio, TokenTerms
+from copris_lightning.errors import ConfigurationError
 
 
 @dataclass(slots=True)
@@ -49,9 +52,9 @@ class Estimate:
     corrections: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class PolicyGradient:
-    r"""The loss of each token.
+@dataclass(frozen=True)
+class Estimator:
+    r"""The policy-gradient estimator: the loss of each token.
 
     .. math:: \ell_t = \Big(\prod_c w_{c,t}\Big)\, \ell^{policy}_t + \beta\, k_t - \eta\, H_t
 
@@ -62,12 +65,20 @@ class PolicyGradient:
     Attributes:
         loss: over the ratio.
         ratio: which policies it compares.
-        corrections: weights, multiplied.
-        kl: penalty towards a reference policy.
-        entropy_coefficient: eta >= 0, per nat.
+        corrections: constant weights on tokens, multiplied, for the engine-trainer mismatch or
+            staleness.
+        kl: penalty towards a reference policy, of which a frozen copy is kept on the device; with
+            adapters none is needed for the checkpoint that training starts from.
+        entropy_coefficient: of an entropy bonus, eta >= 0, per nat.
+        normalization: how token losses become one number: ``token_mean``,
+            ``sequence_mean_token_mean``, ``sequence_mean_token_sum`` or ``constant``; over the
+            whole optimizer step, however it is split into micro-batches and ranks.
+        log_entropy: compute the policy's entropy for the log; costs a softmax over the vocabulary
+            per token.
 
     Raises:
-        ValueError: a negative coefficient, or corrections that would apply one ratio twice.
+        ConfigurationError: a value that cannot work, or corrections that would apply one ratio
+            twice.
     """
 
     loss: PolicyLoss = field(default_factory=ClippedPolicyLoss)
@@ -75,19 +86,26 @@ class PolicyGradient:
     corrections: Sequence[Correction] = ()
     kl: KLPenalty | None = None
     entropy_coefficient: float = 0.0
+    normalization: NormalizationName = "token_mean"
+    log_entropy: bool = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "corrections", tuple(self.corrections))
         if not 0 <= self.entropy_coefficient < math.inf:
-            raise ValueError(
+            raise ConfigurationError(
                 f"entropy_coefficient={self.entropy_coefficient} must be a number of at least 0"
+            )
+        if self.normalization not in NORMALIZATIONS:
+            raise ConfigurationError(
+                f"normalization={self.normalization!r} must be one of {', '.join(NORMALIZATIONS)}"
             )
         names = [correction.name for correction in self.corrections]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"corrections: {name} is listed twice")
+                raise ConfigurationError(f"corrections: {name} is listed twice")
         reweighing = [c.name for c in self.corrections if c.reweighs and c.apply]
         if len(reweighing) > 1:
-            raise ValueError(
+            raise ConfigurationError(
                 f"corrections: {' and '.join(reweighing)} would multiply by the mismatch ratio "
                 "twice; set apply: false or reweigh: false for one"
             )
@@ -101,6 +119,13 @@ class PolicyGradient:
     def needs_proximal(self) -> bool:
         """Whether ``TokenTerms.proximal_logprobs`` must be there."""
         return self.ratio.needs_proximal
+
+    @property
+    def entropy_mode(self) -> Literal["none", "detached", "differentiable"]:
+        """How ``TokenTerms.entropy`` must be there."""
+        if self.entropy_coefficient:
+            return "differentiable"
+        return "detached" if self.log_entropy else "none"
 
     def __call__(self, terms: TokenTerms) -> Estimate:
         """The loss of each token and what to log about it.

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from copris_lightning.errors import ConfigurationError
 
-KEY = "model.init_args.loss.init_args"
-
 
 class TokenLoss(NamedTuple):
     """What a loss returns, every field ``[B, R]``.
@@ -70,11 +68,11 @@ class ClippedPolicyLoss(PolicyLoss):
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low < 1:
-            raise ConfigurationError(f"{KEY}.clip_low={self.clip_low} must lie between 0 and 1")
+            raise ConfigurationError(f"clip_low={self.clip_low} must lie between 0 and 1")
         if not self.clip_high > 0:
-            raise ConfigurationError(f"{KEY}.clip_high={self.clip_high} must be positive")
+            raise ConfigurationError(f"clip_high={self.clip_high} must be positive")
         if self.dual_clip is not None and not self.dual_clip > 1:
-            raise ConfigurationError(f"{KEY}.dual_clip={self.dual_clip} must be above 1")
+            raise ConfigurationError(f"dual_clip={self.dual_clip} must be above 1")
 
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> TokenLoss:
         """See the class."""
@@ -110,11 +108,9 @@ class CispoLoss(PolicyLoss):
 
     def __post_init__(self) -> None:
         if not 0 < self.clip_low <= 1:
-            raise ConfigurationError(
-                f"{KEY}.clip_low={self.clip_low} must be above 0 and at most 1"
-            )
+            raise ConfigurationError(f"clip_low={self.clip_low} must be above 0 and at most 1")
         if not self.clip_high > 0:
-            raise ConfigurationError(f"{KEY}.clip_high={self.clip_high} must be positive")
+            raise ConfigurationError(f"clip_high={self.clip_high} must be positive")
 
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> TokenLoss:
         """See the class."""
@@ -141,7 +137,7 @@ class ReinforceLoss(PolicyLoss):
 
     def __post_init__(self) -> None:
         if self.max_weight is not None and not self.max_weight > 0:
-            raise ConfigurationError(f"{KEY}.max_weight={self.max_weight} must be above 0")
+            raise ConfigurationError(f"max_weight={self.max_weight} must be above 0")
 
     def __call__(self, log_ratio: Tensor, logprobs: Tensor, advantages: Tensor) -> TokenLoss:
         """See the class."""

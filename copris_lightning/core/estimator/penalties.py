@@ -12,8 +12,6 @@ from torch import Tensor
 from copris_lightning.core.estimator.ratios import clamp_log_ratio
 from copris_lightning.errors import ConfigurationError
 
-KEY = "model.init_args.kl"
-
 
 def k1(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
     r"""Unbiased, of high variance, may be negative: :math:`\log \pi - \log \pi_{other}`.
@@ -72,10 +70,10 @@ class KLPenalty:
 
     def __post_init__(self) -> None:
         if self.estimator not in ESTIMATORS:
-            raise ConfigurationError(f"{KEY}.estimator={self.estimator!r} must be k1, k2 or k3")
+            raise ConfigurationError(f"estimator={self.estimator!r} must be k1, k2 or k3")
         if not 0 < self.coefficient < math.inf:
             raise ConfigurationError(
-                f"{KEY}.coefficient={self.coefficient} must be a number above 0; null for no KL"
+                f"coefficient={self.coefficient} must be a number above 0; null for no KL"
             )
 
     def __call__(self, logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:

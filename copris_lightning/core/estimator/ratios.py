@@ -16,8 +16,6 @@ from torch import Tensor
 
 from copris_lightning.errors import ConfigurationError
 
-KEY = "model.init_args.ratio.init_args"
-
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to plus and minus this before exp: e^20 = 5e8 is far past any clip. Beyond
 it a token has no gradient through its ratio."""
@@ -183,11 +181,9 @@ class DecoupledRatio(Ratio):
 
     def __post_init__(self) -> None:
         if self.proximal not in ("recompute", "loglinear"):
-            raise ConfigurationError(
-                f"{KEY}.proximal={self.proximal!r} must be recompute or loglinear"
-            )
+            raise ConfigurationError(f"proximal={self.proximal!r} must be recompute or loglinear")
         if self.max_weight is not None and not self.max_weight > 0:
-            raise ConfigurationError(f"{KEY}.max_weight={self.max_weight} must be above 0")
+            raise ConfigurationError(f"max_weight={self.max_weight} must be above 0")
 
     @property
     def needs_proximal(self) -> bool:

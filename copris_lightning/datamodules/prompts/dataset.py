@@ -60,7 +60,7 @@ class DatasetPrompts:
         ):
             if column is not None and column not in self._rows.columns:
                 raise ConfigurationError(
-                    f"prompts.init_args.{key}={column!r}: the data set has the columns "
+                    f"{key}={column!r}: the data set has the columns "
                     f"{', '.join(self._rows.columns)}"
                 )
         self._prompt_column = prompt_column

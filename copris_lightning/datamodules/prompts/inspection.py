@@ -56,7 +56,7 @@ def usable_prompts(source: PromptSource, encode: PromptEncoder, *, skip_long: bo
     if size and not usable:
         raise ConfigurationError(
             f"{encode.key}: the prompt set is empty, since each of the {size} prompts is longer "
-            f"than data.init_args.max_prompt_tokens={encode.max_prompt_tokens}"
+            f"than task.max_prompt_tokens={encode.max_prompt_tokens}"
         )
     check_ids(ids, encode.key)
     if texts and encode.template.shaping:

@@ -188,7 +188,7 @@ def _content(path: Path, file: str) -> bytes:
 
 
 def _bad(file: str, problem: str) -> ConfigurationError:
-    return ConfigurationError(f"prompts.init_args.data_files: {file} {problem}")
+    return ConfigurationError(f"data_files: {file} {problem}")
 
 
 @contextmanager

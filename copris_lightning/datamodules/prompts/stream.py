@@ -47,7 +47,7 @@ class PromptEncoder:
     Args:
         tokenizer: the model's.
         max_prompt_tokens: longest prompt that is let through.
-        key: the YAML key of the prompts, for errors.
+        key: the name of the prompts, for errors.
         template: how conversations are rendered.
     """
 
@@ -88,8 +88,8 @@ class PromptEncoder:
         if len(token_ids) > self.max_prompt_tokens:
             raise UnusablePrompt(
                 f"has {len(token_ids)} tokens, more than "
-                f"data.init_args.max_prompt_tokens={self.max_prompt_tokens}; raise that, or set "
-                "data.init_args.skip_long_prompts=true to leave such prompts out"
+                f"task.max_prompt_tokens={self.max_prompt_tokens}; raise that, or set "
+                "task.skip_long_prompts=true to leave such prompts out"
             )
 
     def tokens(self, prompt: Prompt) -> tuple[int, ...]:
@@ -149,7 +149,7 @@ class PromptStream:
         seed: int | None = None,
         epochs: int | None = None,
         indices: list[int] | None = None,
-        key: str = "data.init_args.prompts",
+        key: str = "task.prompts",
     ) -> None:
         self._indices = list(range(len(source))) if indices is None else indices
         if not self._indices:

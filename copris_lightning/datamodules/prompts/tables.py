@@ -143,14 +143,10 @@ def open_table(
     if Path(path).is_file():
         kind = "csv" if path.endswith((".csv", ".tsv")) else "json"
         raise ConfigurationError(
-            f"prompts.init_args.path={path!r} is a file; set path={kind} (or parquet) and "
-            f"data_files={path}"
+            f"path={path!r} is a file; set path={kind} (or parquet) and data_files={path}"
         )
     if path in _LITERAL and not data_files:
-        raise ConfigurationError(
-            f"prompts.init_args.path={path!r} needs prompts.init_args.data_files: which files to "
-            "read"
-        )
+        raise ConfigurationError(f"path={path!r} needs data_files: which files to read")
     try:
         if path in _LITERAL or os.path.isdir(path):
             builder = load_dataset_builder(path, name=name, data_files=data_files)
@@ -161,12 +157,11 @@ def open_table(
         raise
     except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
         raise ConfigurationError(
-            f"prompts.init_args.path={path!r} (split {split!r}) cannot be loaded: "
-            f"{error.__cause__ or error}"
+            f"path={path!r} (split {split!r}) cannot be loaded: {error.__cause__ or error}"
         ) from error
     if rows.info.builder_name in _LITERAL:
         _log.warning(
-            "prompts.init_args.path=%r has %s files, whose types are guessed column by column (12 "
+            "path=%r has %s files, whose types are guessed column by column (12 "
             "beside 0.5 reads as 12.0): to have answers as they are written, download them and "
             "set path=%s with data_files",
             path,
@@ -193,7 +188,7 @@ def _literal_table(builder: Any, path: str, split: str) -> LiteralTable:
             header, rows = _read(file, builder.name, getattr(config, "sep", ","))
             if columns and set(header) != set(columns):
                 raise ConfigurationError(
-                    f"prompts.init_args.data_files: {_shown_name(file)} has the columns "
+                    f"data_files: {_shown_name(file)} has the columns "
                     f"{', '.join(header)}; the files before it have {', '.join(columns)}"
                 )
             columns = header
@@ -205,10 +200,10 @@ def _literal_table(builder: Any, path: str, split: str) -> LiteralTable:
         chosen += read[piece.splitname][piece.from_ : piece.to]
     names = ", ".join(_shown_name(file) for part in read for file in files[part])
     if not any(read.values()):
-        raise ConfigurationError(f"prompts.init_args.data_files: no row is in {names}")
+        raise ConfigurationError(f"data_files: no row is in {names}")
     if chosen and all(row.problem for row in chosen):
         raise ConfigurationError(
-            f"prompts.init_args.path={path!r}: no row of {names} can be read\n"
+            f"path={path!r}: no row of {names} can be read\n"
             + "\n".join(f"  {row.where}: the row {row.problem}" for row in chosen[:10])
         )
     return LiteralTable(chosen, columns)
@@ -239,7 +234,7 @@ def _check_plain(config: Any, path: str) -> None:
             continue
         if getattr(config, option.name) != plain:
             raise ConfigurationError(
-                f"prompts.init_args.path={path!r}: its README.md sets {option.name}="
+                f"path={path!r}: its README.md sets {option.name}="
                 f"{getattr(config, option.name)!r}, which is not followed here; remove it, or "
                 "convert the files to Parquet"
             )

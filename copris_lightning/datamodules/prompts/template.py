@@ -14,10 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from copris_lightning.datamodules.prompts.messages import UnusablePrompt, conversation
-from copris_lightning.datamodules.settings import KEY
 from copris_lightning.errors import ConfigurationError
 
-_KEY = f"{KEY}.template"
+_HELD = "task.template"
 _OWN_ROLES = ("assistant", "tool", "function", "ipython")
 """Roles whose messages templates rewrite: reasoning is cut, calls and results are wrapped."""
 _SYSTEM_ROLES = ("system", "developer")
@@ -42,7 +41,7 @@ class Template:
             ledger see, or ``strip`` them.
 
     Raises:
-        ConfigurationError: a setting that cannot work; names the YAML key.
+        ConfigurationError: a setting that cannot work; names it.
     """
 
     system: str | None = None
@@ -53,24 +52,22 @@ class Template:
 
     def __post_init__(self) -> None:
         if self.system is not None and (not isinstance(self.system, str) or not self.system):
-            raise ConfigurationError(
-                f"{_KEY}.system={self.system!r} must be text, or null for none"
-            )
+            raise ConfigurationError(f"system={self.system!r} must be text, or null for none")
         tools = self.tools
         if tools is not None and not (
             isinstance(tools, list) and tools and all(isinstance(t, dict) and t for t in tools)
         ):
             raise ConfigurationError(
-                f"{_KEY}.tools={tools!r} must be a list of JSON schemas, or null for none"
+                f"tools={tools!r} must be a list of JSON schemas, or null for none"
             )
         if not isinstance(self.options, dict):
-            raise ConfigurationError(f"{_KEY}.options={self.options!r} must map names to values")
+            raise ConfigurationError(f"options={self.options!r} must map names to values")
         for name in self.options:
             if name in ("system", "tools"):
-                raise ConfigurationError(f"{_KEY}.options.{name}: set {_KEY}.{name} instead")
+                raise ConfigurationError(f"options.{name}: set {name} instead")
             if name in _reserved():
                 raise ConfigurationError(
-                    f"{_KEY}.options.{name} cannot be set: it is no variable of a chat template "
+                    f"options.{name} cannot be set: it is no variable of a chat template "
                     "but decided here"
                 )
         for name, value, choices in (
@@ -78,13 +75,13 @@ class Template:
             ("special_tokens", self.special_tokens, ("keep", "strip")),
         ):
             if value not in choices:
-                raise ConfigurationError(f"{_KEY}.{name}={value!r} must be {' or '.join(choices)}")
+                raise ConfigurationError(f"{name}={value!r} must be {' or '.join(choices)}")
 
     @property
     def shaping(self) -> list[str]:
         """The settings that change what is rendered, and are set."""
         given = {"system": self.system, "tools": self.tools, "options": self.options}
-        return [f"{_KEY}.{name}" for name, value in given.items() if value]
+        return [f"{_HELD}.{name}" for name, value in given.items() if value]
 
 
 class ChatRenderer:
@@ -101,7 +98,7 @@ class ChatRenderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template) -> None:
         if not tokenizer.chat_template:
             raise ConfigurationError(
-                "the tokenizer of model.init_args.model has no chat template; give text prompts, "
+                "the tokenizer of the model has no chat template; give text prompts, "
                 "or a model with one"
             )
         self._tokenizer = tokenizer
@@ -111,18 +108,17 @@ class ChatRenderer:
             names = _variables(tokenizer.get_chat_template(tools=tools))
         except (ValueError, jinja2.TemplateError) as error:
             raise ConfigurationError(
-                f"the chat template of model.init_args.model cannot be used: {error}"
+                f"the chat template of the model cannot be used: {error}"
             ) from error
         if tools and "tools" not in names:
             raise ConfigurationError(
-                f"{_KEY}.tools is set, but the chat template of model.init_args.model describes no "
-                "tools"
+                f"{_HELD}.tools is set, but the chat template of the model describes no tools"
             )
         unknown = sorted(set(template.options) - names)
         if unknown:
             known = sorted(names - _OFFERED - set(tokenizer.special_tokens_map))
             raise ConfigurationError(
-                f"{_KEY}.options.{unknown[0]}: the chat template of model.init_args.model has no "
+                f"{_HELD}.options.{unknown[0]}: the chat template of the model has no "
                 f"such variable; it has {', '.join(known) or 'none'}"
             )
 
@@ -156,7 +152,7 @@ class ChatRenderer:
         if rule == "refuse":
             raise UnusablePrompt(
                 "ends with the assistant's message, which the model would be asked to answer; set "
-                f"{_KEY}.trailing_assistant to drop it, or to continue it"
+                f"{_HELD}.trailing_assistant to drop it, or to continue it"
             )
         if rule == "drop":
             while chat and chat[-1]["role"] == "assistant":

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copris_lightning.core.estimator.corrections import LagRejection, Masking, Truncation
-from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.losses import ClippedPolicyLoss
 from copris_lightning.core.estimator.penalties import KLPenalty
 from copris_lightning.core.estimator.ratios import DecoupledRatio, TokenRatio
@@ -42,7 +42,7 @@ def test_every_loss_over_every_ratio_follows_the_formula(loss, ratio):
         "entropy_coefficient": 0.1,
     }
     for seed, extra in enumerate([{}, everything]):
-        estimator = PolicyGradient(loss, ratio, **extra)
+        estimator = Estimator(loss, ratio, **extra)
         assert_follows(estimator, fixed_rows(3, 5, seed=seed))
 
 
@@ -53,7 +53,7 @@ def test_autograd_agrees_with_finite_differences(loss, ratio, kl):
     """Where the weights do not depend on the current policy, so that nothing is detached."""
     rows = fixed_rows(2, 4)
     corrections = [Truncation(5.0), Masking(0.1, None, "policy", "sequence"), LagRejection(1)]
-    estimator = PolicyGradient(loss, ratio, corrections, KLPenalty(0.5, kl), 0.3)
+    estimator = Estimator(loss, ratio, corrections, KLPenalty(0.5, kl), 0.3)
     terms = terms_of(rows)
     assert torch.autograd.gradcheck(
         lambda p, h: estimator(terms_of(rows, logprobs=p, entropy=h)).loss,
@@ -69,7 +69,7 @@ def test_everything_reported_is_detached_and_of_the_batchs_shape():
     terms = terms_of(rows)
     terms.behavior_logprobs.requires_grad_()
     for ratio in RATIOS:
-        estimator = PolicyGradient(LOSSES[0], ratio, CORRECTIONS, KLPenalty(), 0.1)
+        estimator = Estimator(LOSSES[0], ratio, CORRECTIONS, KLPenalty(), 0.1)
         estimate = estimator(terms)
         for field in fields(estimate):
             values = getattr(estimate, field.name)
@@ -81,7 +81,7 @@ def test_everything_reported_is_detached_and_of_the_batchs_shape():
 @settings(max_examples=40, deadline=None)
 @given(rows(), st.sampled_from(RATIOS))
 def test_the_figures_are_those_of_the_tokens_that_count(rows, ratio):
-    estimator = PolicyGradient(ratio=ratio, kl=KLPenalty(0.1, "k2"))
+    estimator = Estimator(ratio=ratio, kl=KLPenalty(0.1, "k2"))
     estimate = estimator(terms_of(rows))
     for i, (advantage, row) in enumerate(rows):
         counting = [t for t, token in enumerate(row) if token["mask"]]
@@ -118,7 +118,7 @@ def test_what_was_not_given_is_not_reported():
         proximal_logprobs=None,
         reference_logprobs=None,
     )
-    estimate = PolicyGradient()(terms)
+    estimate = Estimator()(terms)
     assert estimate.mismatch is estimate.mismatch_kl is None
     assert estimate.reference_kl is estimate.entropy is None
     assert estimate.corrections == {}
@@ -127,10 +127,10 @@ def test_what_was_not_given_is_not_reported():
 @pytest.mark.parametrize(
     ("estimator", "missing", "message"),
     [
-        (PolicyGradient(kl=KLPenalty()), "reference_logprobs", "no reference log-probs"),
-        (PolicyGradient(entropy_coefficient=0.1), "entropy", "entropy was not computed"),
-        (PolicyGradient(ratio=DecoupledRatio()), "proximal_logprobs", "not recomputed"),
-        (PolicyGradient(corrections=[Truncation()]), "mismatch", "not at hand"),
+        (Estimator(kl=KLPenalty()), "reference_logprobs", "no reference log-probs"),
+        (Estimator(entropy_coefficient=0.1), "entropy", "entropy was not computed"),
+        (Estimator(ratio=DecoupledRatio()), "proximal_logprobs", "not recomputed"),
+        (Estimator(corrections=[Truncation()]), "mismatch", "not at hand"),
     ],
 )
 def test_what_is_needed_and_missing_is_named(estimator, missing, message):
@@ -140,23 +140,23 @@ def test_what_is_needed_and_missing_is_named(estimator, missing, message):
 
 def test_an_entropy_without_a_coefficient_is_reported_and_pulls_nowhere():
     terms = terms_of(fixed_rows())
-    estimate, _, by_entropy = gradients(PolicyGradient(), terms)
+    estimate, _, by_entropy = gradients(Estimator(), terms)
     assert torch.equal(estimate.entropy, torch.where(terms.mask, terms.entropy, 0.0))
     assert not by_entropy.any()
 
 
 def test_an_estimator_knows_what_it_needs():
-    assert not PolicyGradient().needs_mismatch
-    assert not PolicyGradient().needs_proximal
-    assert PolicyGradient(ratio=DecoupledRatio()).needs_proximal
-    assert not PolicyGradient(ratio=DecoupledRatio("loglinear")).needs_proximal
+    assert not Estimator().needs_mismatch
+    assert not Estimator().needs_proximal
+    assert Estimator(ratio=DecoupledRatio()).needs_proximal
+    assert not Estimator(ratio=DecoupledRatio("loglinear")).needs_proximal
     policy = Masking(ratio="policy")
-    assert not PolicyGradient(corrections=[policy, LagRejection()]).needs_mismatch
-    assert PolicyGradient(corrections=[policy, Truncation(apply=False)]).needs_mismatch
+    assert not Estimator(corrections=[policy, LagRejection()]).needs_mismatch
+    assert Estimator(corrections=[policy, Truncation(apply=False)]).needs_mismatch
 
 
 def test_by_default_it_is_copris():
-    assert PolicyGradient() == PolicyGradient(ClippedPolicyLoss(0.2, 0.28, 10.0), TokenRatio())
+    assert Estimator() == Estimator(ClippedPolicyLoss(0.2, 0.28, 10.0), TokenRatio())
 
 
 @pytest.mark.parametrize("value", [-0.1, math.nan])
@@ -164,7 +164,7 @@ def test_a_negative_entropy_coefficient_is_refused(value):
     with pytest.raises(
         ValueError, match=f"entropy_coefficient={value} must be a number of at least 0"
     ):
-        PolicyGradient(entropy_coefficient=value)
+        Estimator(entropy_coefficient=value)
 
 
 @pytest.mark.parametrize(
@@ -177,16 +177,16 @@ def test_a_negative_entropy_coefficient_is_refused(value):
 )
 def test_a_correction_listed_twice_is_refused(pair):
     with pytest.raises(ValueError, match=f"{pair[0].name} is listed twice"):
-        PolicyGradient(corrections=pair)
+        Estimator(corrections=pair)
 
 
 def test_the_mismatch_ratio_is_multiplied_only_once():
     twice = [Truncation(), Masking(reweigh=True)]
     names = "truncation_token and masking_mismatch_token would multiply"
     with pytest.raises(ValueError, match=names):
-        PolicyGradient(corrections=twice)
+        Estimator(corrections=twice)
     with pytest.raises(ValueError, match="truncation_sequence and truncation_token"):
-        PolicyGradient(corrections=[Truncation(level="sequence"), Truncation()])
-    PolicyGradient(corrections=[Truncation(apply=False), Masking(reweigh=True)])
-    PolicyGradient(corrections=[Truncation(), Masking(reweigh=True, apply=False)])
-    PolicyGradient(corrections=[Truncation(), Masking(reweigh=False), LagRejection()])
+        Estimator(corrections=[Truncation(level="sequence"), Truncation()])
+    Estimator(corrections=[Truncation(apply=False), Masking(reweigh=True)])
+    Estimator(corrections=[Truncation(), Masking(reweigh=True, apply=False)])
+    Estimator(corrections=[Truncation(), Masking(reweigh=False), LagRejection()])

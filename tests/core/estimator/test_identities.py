@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from copris_lightning.core.batching import collate
 from copris_lightning.core.estimator.advantage import grpo
 from copris_lightning.core.estimator.corrections import LagRejection, Masking, Truncation
-from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.losses import ClippedPolicyLoss, ReinforceLoss
 from copris_lightning.core.estimator.normalization import NORMALIZATIONS, UpdateTotals
 from copris_lightning.core.estimator.penalties import KLPenalty
@@ -43,7 +43,7 @@ def test_on_policy_the_gradient_is_the_plain_policy_gradient(loss, ratio):
     """-A for each token that counts; the product over a sequence moves with each of its n."""
     rows = fixed_rows(3, 4, on_policy=True)
     terms = terms_of(rows)
-    estimate, gradient, _ = gradients(PolicyGradient(loss, ratio), terms)
+    estimate, gradient, _ = gradients(Estimator(loss, ratio), terms)
     expected = torch.where(terms.mask, -terms.advantages, 0.0)
     if isinstance(loss, ClippedPolicyLoss) and ratio == SequenceRatio(length_normalized=False):
         expected = expected * terms.mask.sum(dim=1, keepdim=True)
@@ -60,7 +60,7 @@ def test_at_the_proximal_policy_the_decoupled_gradient_is_weighted_by_its_stalen
     proximal = terms.logprobs.detach()
     weight = (proximal - terms.behavior_logprobs).exp().clamp(max=1.05)
     terms = replace(terms, proximal_logprobs=proximal)
-    _, gradient, _ = gradients(PolicyGradient(loss, DecoupledRatio("recompute", 1.05)), terms)
+    _, gradient, _ = gradients(Estimator(loss, DecoupledRatio("recompute", 1.05)), terms)
     expected = torch.where(terms.mask, -weight * terms.advantages, 0.0)
     torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
 
@@ -105,7 +105,7 @@ def test_with_one_version_per_trajectory_copris_is_grpo(data):
     batch = collate(group, source="engine", policy_version=9, totals=totals)
     width = max(lengths)
     logprobs = tensor([new + [0.0] * (width - len(new)) for new in news])
-    estimator = PolicyGradient(
+    estimator = Estimator(
         ClippedPolicyLoss(0.2, 0.2, None), kl=KLPenalty(coefficient=0.04, estimator="k3")
     )
     reference = torch.full_like(logprobs, -1.0)
@@ -178,8 +178,8 @@ def test_corrections_that_only_measure_leave_the_loss_exactly_as_it_is(loss, rat
         Masking(1.0, 1.0, reweigh=True, apply=False),
         LagRejection(0, apply=False),
     ]
-    plain, plain_gradient, _ = gradients(PolicyGradient(loss, ratio), terms)
-    with_metrics, gradient, _ = gradients(PolicyGradient(loss, ratio, measured), terms)
+    plain, plain_gradient, _ = gradients(Estimator(loss, ratio), terms)
+    with_metrics, gradient, _ = gradients(Estimator(loss, ratio, measured), terms)
     assert torch.equal(with_metrics.loss, plain.loss)
     assert torch.equal(gradient, plain_gradient)
     own = ["decoupled"] if isinstance(ratio, DecoupledRatio) else []
@@ -194,8 +194,8 @@ def test_corrections_that_only_measure_leave_the_loss_exactly_as_it_is(loss, rat
 @COMBINATIONS
 def test_truncation_out_of_reach_multiplies_by_the_plain_mismatch_ratio(loss, ratio):
     terms = terms_of(fixed_rows(3, 4))
-    plain, plain_gradient, _ = gradients(PolicyGradient(loss, ratio), terms)
-    estimate, gradient, _ = gradients(PolicyGradient(loss, ratio, [Truncation(1e9)]), terms)
+    plain, plain_gradient, _ = gradients(Estimator(loss, ratio), terms)
+    estimate, gradient, _ = gradients(Estimator(loss, ratio, [Truncation(1e9)]), terms)
     weight = terms.mismatch.exp()
     if not isinstance(ratio, SequenceRatio):  # there a token moves the loss of its neighbours
         torch.testing.assert_close(gradient, weight * plain_gradient)
@@ -208,8 +208,8 @@ def test_mismatch_times_policy_ratio_is_the_ratio_to_the_engine():
     trainer = terms_of(rows)
     engine = replace(trainer, behavior_logprobs=trainer.behavior_logprobs - trainer.mismatch)
     loss = ReinforceLoss(None)
-    two, gradient, _ = gradients(PolicyGradient(loss, corrections=[Truncation(1e9)]), trainer)
-    one, expected, _ = gradients(PolicyGradient(loss), engine)
+    two, gradient, _ = gradients(Estimator(loss, corrections=[Truncation(1e9)]), trainer)
+    one, expected, _ = gradients(Estimator(loss), engine)
     torch.testing.assert_close(two.loss, one.loss)
     torch.testing.assert_close(gradient, expected)
 
@@ -218,8 +218,8 @@ def test_mismatch_times_policy_ratio_is_the_ratio_to_the_engine():
 @pytest.mark.parametrize("length_normalized", [True, False])
 def test_the_sequence_ratio_of_single_tokens_is_the_token_ratio(loss, length_normalized):
     rows = fixed_rows(3, 1)
-    ours = gradients(PolicyGradient(loss, SequenceRatio(length_normalized)), terms_of(rows))
-    theirs = gradients(PolicyGradient(loss, TokenRatio()), terms_of(rows))
+    ours = gradients(Estimator(loss, SequenceRatio(length_normalized)), terms_of(rows))
+    theirs = gradients(Estimator(loss, TokenRatio()), terms_of(rows))
     assert torch.equal(ours[0].loss, theirs[0].loss)
     assert torch.equal(ours[1], theirs[1])
 
@@ -227,7 +227,7 @@ def test_the_sequence_ratio_of_single_tokens_is_the_token_ratio(loss, length_nor
 @settings(max_examples=40, deadline=None)
 @given(rows(), st.sampled_from(LOSSES))
 def test_without_correction_the_behaviour_has_no_influence(rows, loss):
-    estimator = PolicyGradient(loss, UncorrectedRatio())
+    estimator = Estimator(loss, UncorrectedRatio())
     terms = terms_of(rows)
     estimate, gradient, _ = gradients(estimator, terms)
     assert torch.equal(gradient, torch.where(terms.mask, -terms.advantages, 0.0))
@@ -239,7 +239,7 @@ def test_without_correction_the_behaviour_has_no_influence(rows, loss):
 @pytest.mark.parametrize("ratio", RATIOS, ids=repr)
 def test_gradients_of_micro_batches_add_up_to_those_of_the_whole(normalization, ratio):
     """Although a correction leaves tokens out, and a trajectory is left out altogether."""
-    estimator = PolicyGradient(
+    estimator = Estimator(
         ratio=ratio,
         corrections=[Masking(0.95, 1.1), LagRejection(1)],
         kl=KLPenalty(0.1),
@@ -298,7 +298,7 @@ def test_the_product_over_a_sequence_has_an_unbiased_policy_gradient(loss, norma
             torch.ones(size, dtype=torch.bool),
             torch.zeros(size, dtype=torch.long),
         )
-        estimate = PolicyGradient(loss, SequenceRatio(length_normalized=False))(terms)
+        estimate = Estimator(loss, SequenceRatio(length_normalized=False))(terms)
         weight = NORMALIZATIONS[normalization](tensor([len(response)]), UpdateTotals(1, 1, 2))
         estimated = estimated + behavior.sum().exp() * weight * estimate.loss.sum()
     (wanted,) = torch.autograd.grad(value, theta, retain_graph=True)

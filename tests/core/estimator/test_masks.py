@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from copris_lightning.core.estimator.corrections import LagRejection
-from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.losses import CispoLoss, ClippedPolicyLoss
 from copris_lightning.core.estimator.ratios import SequenceRatio, TokenRatio, TokenTerms
 
@@ -55,7 +55,7 @@ def test_nothing_outside_the_mask_is_ever_looked_at(estimator, rows, value):
 def test_every_combination_ignores_what_is_masked(loss, ratio):
     rows = fixed_rows(2, 4)
     rows[0][1][1]["mask"] = False
-    estimator = PolicyGradient(loss, ratio)
+    estimator = Estimator(loss, ratio)
     quiet, quiet_gradient, _ = gradients(estimator, terms_of(rows))
     for value in LOUD:
         for token in (token for _, row in rows for token in row if not token["mask"]):
@@ -69,8 +69,8 @@ def test_what_a_correction_leaves_out_changes_nothing_elsewhere():
     rows = fixed_rows(2, 4)
     terms = terms_of(rows)
     kept = terms.lags <= 1
-    plain, plain_gradient, _ = gradients(PolicyGradient(), terms)
-    some, gradient, _ = gradients(PolicyGradient(corrections=[LagRejection(1)]), terms)
+    plain, plain_gradient, _ = gradients(Estimator(), terms)
+    some, gradient, _ = gradients(Estimator(corrections=[LagRejection(1)]), terms)
     assert (plain.loss != 0)[terms.mask].all()
     assert torch.equal(some.loss, torch.where(kept, plain.loss, 0.0))
     assert torch.equal(gradient, torch.where(kept, plain_gradient, 0.0))
@@ -83,7 +83,7 @@ def test_no_flag_is_raised_outside_the_mask(loss, ratio):
     for i, (_, row) in enumerate(rows):
         for token in row:
             token["logprobs"] = token["behavior_logprobs"] + (-3.0 if i % 4 < 2 else 4.0)
-    estimate = PolicyGradient(loss, ratio)(terms_of(rows))
+    estimate = Estimator(loss, ratio)(terms_of(rows))
     for flag in (estimate.clipped_low, estimate.clipped_high):
         assert not flag[~estimate.mask].any()
     bounded = (ClippedPolicyLoss, CispoLoss)

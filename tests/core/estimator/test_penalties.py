@@ -133,9 +133,8 @@ def test_a_penalty_uses_the_estimator_of_its_name_and_leaves_out_the_coefficient
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(arguments, message):
-    with pytest.raises(ConfigurationError, match=message) as error:
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
         KLPenalty(**arguments)
-    assert str(error.value).startswith("model.init_args.kl.")
 
 
 def test_by_default_the_penalty_is_grpos():

@@ -337,6 +337,5 @@ def test_what_is_not_known_stays_unknown_when_masked():
     ],
 )
 def test_a_setting_out_of_range_is_refused_by_name(arguments, message):
-    with pytest.raises(ConfigurationError, match=message) as error:
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
         DecoupledRatio(**arguments)
-    assert str(error.value).startswith("model.init_args.ratio.")

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from copris_lightning.core.estimator.estimator import PolicyGradient
+from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.losses import ClippedPolicyLoss
 from copris_lightning.core.estimator.ratios import SequenceRatio
 
@@ -82,7 +82,7 @@ def test_the_product_of_all_ratios_is_exactly_unbiased(shift, baseline):
 
 
 def test_so_is_the_surrogate_over_it_with_the_mean_of_the_tokens():
-    surrogate = PolicyGradient(
+    surrogate = Estimator(
         loss=ClippedPolicyLoss(clip_low=1 - 1e-9, clip_high=1e9, dual_clip=None),
         ratio=SequenceRatio(length_normalized=False),
     )

@@ -98,25 +98,25 @@ def test_chat_messages_stay_messages(write):
 def test_a_missing_column_is_an_error_that_names_key_and_columns(write, setting, column):
     with pytest.raises(ConfigurationError) as caught:
         load(write(), **{setting: column})
-    assert f"prompts.init_args.{setting}={column!r}" in str(caught.value)
+    assert f"{setting}={column!r}" in str(caught.value)
     assert "prompt, answer, name, level" in str(caught.value)
 
 
 def test_a_missing_file_is_an_error_that_names_it(tmp_path, write):
-    with pytest.raises(ConfigurationError, match=r"prompts.init_args.path='json'") as caught:
+    with pytest.raises(ConfigurationError, match=r"path='json'") as caught:
         load(str(tmp_path / "nowhere.jsonl"))
     assert "nowhere.jsonl" in str(caught.value)
 
 
 def test_a_missing_split_is_an_error_that_names_it(write):
-    with pytest.raises(ConfigurationError, match=r"prompts.init_args.path='json' \(split 'tset'\)"):
+    with pytest.raises(ConfigurationError, match=r"path='json' \(split 'tset'\)"):
         load(write(), split="tset")
 
 
 def test_a_file_that_is_no_json_is_a_configuration_error(tmp_path, write):
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "1+1=", \nnonsense')
-    with pytest.raises(ConfigurationError, match=r"prompts.init_args.path='json'"):
+    with pytest.raises(ConfigurationError, match=r"path='json'"):
         load(str(broken))
 
 
@@ -273,7 +273,7 @@ def test_files_with_tabs_are_known_by_their_name(raw):
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_key(raw, content, name, message):
     kind = "csv" if name.endswith("csv") else "json"
-    with pytest.raises(ConfigurationError, match=f"prompts.init_args.data_files: .*{message}"):
+    with pytest.raises(ConfigurationError, match=f"data_files: .*{message}"):
         DatasetPrompts(kind, data_files=raw(content, name))
 
 
@@ -295,7 +295,7 @@ def test_json_without_files_does_not_look_for_some_in_the_working_directory(
 ):
     raw('{"prompt": "a", "answer": 1}', "train.jsonl")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"path='json' needs prompts.init_args.data_files"):
+    with pytest.raises(ConfigurationError, match=r"path='json' needs data_files"):
         DatasetPrompts("json")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from copris_testing import SomePrompts
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from simulated_fits import build
 
+from copris_lightning import Evaluation
 from copris_lightning.datamodules.prompts.ids import check_ids
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
@@ -19,10 +21,10 @@ from copris_lightning.rollout.rewards import Prompt
 def test_a_source_is_refused_exactly_where_ids_are_equal(ids):
     rows = list(enumerate(ids))
     if len(set(ids)) == len(ids):
-        check_ids(rows, "data.init_args.prompts")
+        check_ids(rows, "task.prompts")
         return
-    with pytest.raises(ConfigurationError, match=r"^data.init_args.prompts: .*not unique") as error:
-        check_ids(rows, "data.init_args.prompts")
+    with pytest.raises(ConfigurationError, match=r"^task.prompts: .*not unique") as error:
+        check_ids(rows, "task.prompts")
     first = next(name for name in ids if ids.count(name) > 1)
     assert f"{first!r} in rows {ids.index(first)}, " in str(error.value)
 
@@ -36,12 +38,16 @@ class TwiceTheSame(SomePrompts):
         return Prompt(same, text=prompt.text)
 
 
-@pytest.mark.parametrize("key", ["prompts", "val_prompts"])
+@pytest.mark.parametrize("key", ["task", "evaluations.some"])
 def test_a_fit_refuses_them_before_anything_starts(
     tiny_checkpoint: Path, tmp_path: Path, key: str
 ) -> None:
-    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data={key: TwiceTheSame(24)})
-    says = rf"^data.init_args.{key}: 1 id is not unique: 'p002' in rows 2, 23 .*id_column"
+    twice = TwiceTheSame(24)
+    held: dict[str, Any] = {"prompts": twice}
+    if key != "task":
+        held = {"evaluations": {"some": Evaluation(twice)}}
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data=held)
+    says = rf"^{key}.prompts: 1 id is not unique: 'p002' in rows 2, 23 .*id_column"
     with pytest.raises(ConfigurationError, match=says):
         trainer.fit(module, datamodule=data)
     assert data.session is None
@@ -49,6 +55,6 @@ def test_a_fit_refuses_them_before_anything_starts(
 
 
 def test_training_and_evaluation_may_share_ids(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    prompts = {"val_prompts": SomePrompts(24)}
+    prompts = {"evaluations": {"some": Evaluation(SomePrompts(24))}}
     trainer, module, data, _ = build(tiny_checkpoint, tmp_path, data=prompts, max_steps=1)
     trainer.fit(module, datamodule=data)

@@ -17,7 +17,7 @@ from copris_lightning.errors import ConfigurationError
 from copris_lightning.quickstart.warm_start import character_tokenizer
 from copris_lightning.rollout.rewards import Prompt
 
-KEY = "data.init_args.prompts"
+KEY = "task.prompts"
 SIMULATED = Path(__file__).parents[3] / "configs" / "simulated.yaml"
 
 
@@ -75,7 +75,7 @@ def test_all_faults_are_named_at_once_and_counted():
     assert lines[0] == f"{KEY}: 12 of 13 prompts cannot be used"
     assert lines[1] == "  index 1: prompt 'b' is empty"
     assert lines[2].startswith("  index 2: prompt 'c' cannot be tokenized: ")
-    assert lines[3].startswith("  index 3: prompt 'd' has 21 tokens, more than data.init_args.max")
+    assert lines[3].startswith("  index 3: prompt 'd' has 21 tokens, more than task.max")
     assert lines[4] == "  index 4: prompt 'e' needs either text or messages"
     assert lines[5] == "  index 5: prompt 'f' is the number 3; it must be text"
     assert lines[6] == "  index 6: prompt 'g' is a list without messages"
@@ -117,7 +117,7 @@ def test_a_source_without_a_length_is_named():
 def test_a_template_that_text_prompts_would_ignore_is_refused(setting):
     chat = Prompt("b", messages=({"role": "user", "content": "b"},))
     message = refused(Prompt("a", text="a"), template=Template(**setting))
-    assert f"data.init_args.template.{next(iter(setting))} cannot apply to {KEY}" in message
+    assert f"task.template.{next(iter(setting))} cannot apply to {KEY}" in message
     assert "1 of 1 prompts are text" in message
     if "system" in setting:
         assert look(chat, template=Template(**setting)) == [0]
@@ -170,7 +170,6 @@ def test_the_command_line_ends_with_status_2_before_the_engine_starts(
     monkeypatch.setattr(SimulatedEngine, "start", start)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "rows.jsonl").write_text('{"q": null}\n{"q": "1+1="}\n{"q": 3}\n')
-    key = "prompts" if command == "fit" else "val_prompts"
     prompts = {
         "class_path": "copris_lightning.DatasetPrompts",
         "init_args": {
@@ -180,9 +179,14 @@ def test_the_command_line_ends_with_status_2_before_the_engine_starts(
             "answer_column": None,
         },
     }
+    option = ["--data.init_args.task.prompts", json.dumps(prompts)]
+    if command == "validate":
+        some = {"some": {"prompts": prompts}}
+        option = ["--data.init_args.evaluations", json.dumps(some)]
     args = [command, "--config", str(SIMULATED), "--model.init_args.model", str(tiny_checkpoint)]
-    status = main([*args, f"--data.init_args.{key}", json.dumps(prompts)])
+    status = main([*args, *option])
     complaint = capsys.readouterr().err
+    key = "task.prompts" if command == "fit" else "evaluations.some.prompts"
     assert status == 2
     assert f"copris: data.init_args.{key}: 2 of 3 prompts cannot be used" in complaint
     assert "rows.jsonl, line 1, column 'q' (id '00000000'): is null" in complaint

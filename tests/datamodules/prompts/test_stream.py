@@ -11,7 +11,7 @@ from copris_lightning.errors import ConfigurationError
 from copris_lightning.quickstart.warm_start import character_tokenizer
 from copris_lightning.rollout.rewards import Prompt
 
-KEY = "data.init_args.prompts"
+KEY = "task.prompts"
 
 
 class ListedPrompts:
@@ -114,10 +114,8 @@ def test_a_queued_prompt_carries_its_tokens(encode, tokenizer):
 
 @pytest.mark.parametrize(("count", "indices"), [(0, None), (3, [])])
 def test_no_prompts_is_an_error_with_the_key(encode, count, indices):
-    with pytest.raises(ConfigurationError, match=r"data.init_args.val_prompts: .*empty"):
-        PromptStream(
-            ListedPrompts(count), encode, indices=indices, key="data.init_args.val_prompts"
-        )
+    with pytest.raises(ConfigurationError, match=r"evaluations.some.prompts: .*empty"):
+        PromptStream(ListedPrompts(count), encode, indices=indices, key="evaluations.some.prompts")
 
 
 # -- encoding ------------------------------------------------------------------------------
@@ -167,7 +165,7 @@ def test_a_chat_prompt_without_a_template_says_what_to_do():
     encode = PromptEncoder(plain, max_prompt_tokens=20, key=KEY)
     with pytest.raises(ConfigurationError) as caught:
         encode(Prompt("a7", messages=({"role": "user", "content": "hi"},)))
-    for part in (KEY, "'a7'", "model.init_args.model", "chat template"):
+    for part in (KEY, "'a7'", "chat template"):
         assert part in str(caught.value)
 
 
@@ -193,7 +191,7 @@ def test_the_longest_prompt_that_is_let_through_has_the_limits_length(encode):
     for part in (
         KEY,
         "'a7' has 21 tokens",
-        "data.init_args.max_prompt_tokens=20",
-        "data.init_args.skip_long_prompts=true",
+        "task.max_prompt_tokens=20",
+        "task.skip_long_prompts=true",
     ):
         assert part in str(caught.value)

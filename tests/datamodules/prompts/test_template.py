@@ -12,7 +12,7 @@ from copris_lightning.errors import ConfigurationError
 from copris_lightning.quickstart.warm_start import character_tokenizer
 from copris_lightning.rollout.rewards import Prompt
 
-KEY = "data.init_args.prompts"
+KEY = "task.prompts"
 CHAT = (
     "{% if tools %}T:{{ tools[0]['name'] }};{% endif %}"
     "{% for m in messages %}"
@@ -70,19 +70,19 @@ def test_tools_reach_the_template():
 
 def test_an_option_that_the_template_has_not_is_refused_with_those_it_has():
     message = refused(USER, template=Template(options={"enable_thinkin": False}))
-    assert "data.init_args.template.options.enable_thinkin" in message
+    assert "task.template.options.enable_thinkin" in message
     assert message.endswith("it has enable_thinking")
 
 
 def test_tools_that_the_template_would_not_show_are_refused():
     plain = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     message = refused(USER, chat=plain, template=Template(tools=[{"name": "add"}]))
-    assert "data.init_args.template.tools is set, but" in message
+    assert "task.template.tools is set, but" in message
 
 
 def test_a_template_that_cannot_be_parsed_is_a_configuration_error():
     message = refused(USER, chat="{% for %}")
-    assert "the chat template of model.init_args.model cannot be used" in message
+    assert "the chat template of the model cannot be used" in message
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_a_template_that_cannot_be_parsed_is_a_configuration_error():
         ({"options": {"add_generation_prompt": False}}, "options.add_generation_prompt cannot"),
         ({"options": {"return_dict": False}}, "options.return_dict cannot be set"),
         ({"options": {"messages": []}}, "options.messages cannot be set"),
-        ({"options": {"tools": []}}, "options.tools: set data.init_args.template.tools"),
-        ({"options": {"system": "x"}}, "options.system: set data.init_args.template.system"),
+        ({"options": {"tools": []}}, "options.tools: set tools"),
+        ({"options": {"system": "x"}}, "options.system: set system"),
         ({"options": ["x"]}, r"template.options=\['x'\] must map"),
         ({"system": ""}, "template.system='' must be text"),
         ({"tools": []}, r"template.tools=\[\] must be a list"),
@@ -103,7 +103,7 @@ def test_a_template_that_cannot_be_parsed_is_a_configuration_error():
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_its_key(settings, message):
-    with pytest.raises(ConfigurationError, match=rf"data.init_args.\S*{message}"):
+    with pytest.raises(ConfigurationError, match=rf"{message}"):
         Template(**settings)
 
 
@@ -122,7 +122,7 @@ def test_the_command_line_reads_it():
 def test_a_solution_in_the_prompt_is_refused_with_the_setting_that_helps():
     message = refused(USER, ANSWER)
     assert message.startswith(f"{KEY}: prompt 'a7' ends with the assistant's message")
-    assert "data.init_args.template.trailing_assistant" in message
+    assert "task.template.trailing_assistant" in message
 
 
 @pytest.mark.parametrize(
