@@ -60,7 +60,7 @@ class Recorder(L.Callback):
         if estimate.mismatch_kl is not None:
             self.mismatch.append(estimate.mismatch_kl[estimate.mask])
         if batch.is_last:
-            self.batches.append(trainer.datamodule.training.delivered)
+            self.batches.append(trainer.datamodule.feed.batch.groups)
 
 
 def fit(

@@ -70,8 +70,7 @@ class TrajectoryLedger(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set aside what an older checkpoint's run is going to write again."""
-        training = datamodule(trainer).training
-        first = training.batch_index + (not training.has_open_batch)
+        first = datamodule(trainer).feed.trained_batches
         if trainer.is_global_zero and not self._is_dry:
             _set_aside(self._root / "ledger", first)
 
@@ -109,23 +108,21 @@ class TrajectoryLedger(L.Callback):
         self._quarantined.update(outputs["quarantined"])
         if not batch.is_last:
             if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-                shares = data.training.gather(sorted(self._quarantined))
+                shares = data.ranks.gather(sorted(self._quarantined)) or []
                 self._at_step = sorted({name for share in shares for name in share})
             return
-        shares = data.training.gather(sorted(self._quarantined))
+        shares = data.ranks.gather(sorted(self._quarantined)) or []
         self._quarantined, self._at_step = set(), []
         if data.session is None or self._is_dry:
             return
         names = {name for share in shares for name in share}
-        for group in data.training.delivered:
-            for trajectory in group.trajectories:
-                if trajectory.name in names:
-                    trajectory.excluded = "the policy's log-probs in training are not finite"
-        index = data.training.batch_index
+        for trajectory in data.feed.batch.rows:
+            if trajectory.name in names:
+                trajectory.excluded = "the policy's log-probs in training are not finite"
+        index = data.feed.batch.index
         records = (
             {"batch": index, **data.session.record(trajectory)}
-            for group in data.training.delivered
-            for trajectory in group.trajectories
+            for trajectory in data.feed.batch.rows
         )
         _write(self._root / "ledger" / f"batch_{index:06d}.jsonl", records)
 

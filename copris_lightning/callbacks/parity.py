@@ -143,15 +143,17 @@ class ParityProbe:
         self, data: RolloutDataModule, weights: Weights, version: int, found: Difference
     ) -> None:
         whole = data.whole_weights(weights)
-        assert data.exchange is not None
-        with data.exchange.leading():
-            if data.session is not None:
-                cause = data.session.call(data.engine.explain_mismatch(whole.items()))
-                raise ParityError(
-                    f"after the sync of version {version} the engine's log-probs differ from the "
-                    f"trainer's by up to {found.largest:.3g} nats, {found.mean:.3g} on average; "
-                    f"{self._allowed}. The worst is at {found.where}. {cause}"
-                )
+
+        def fail() -> None:
+            assert data.session is not None
+            cause = data.session.call(data.engine.explain_mismatch(whole.items()))
+            raise ParityError(
+                f"after the sync of version {version} the engine's log-probs differ from the "
+                f"trainer's by up to {found.largest:.3g} nats, {found.mean:.3g} on average; "
+                f"{self._allowed}. The worst is at {found.where}. {cause}"
+            )
+
+        data.ranks.lead(fail)
 
     @property
     def _allowed(self) -> str:
@@ -167,16 +169,16 @@ class ParityProbe:
         self, trainer: L.Trainer, data: RolloutDataModule, at_least: int
     ) -> Difference | None:
         names, sequences, batch = _probe(data, max(self.sequences, at_least))
-        assert data.exchange is not None
-        scores: list[list[float]] | None = None
-        with data.exchange.leading():
-            if data.session is not None:
-                scores = data.session.call(data.engine.score(sequences))
-        if not data.exchange.broadcast(scores is not None):
+
+        def ask() -> list[list[float]] | None:
+            assert data.session is not None
+            return data.session.call(data.engine.score(sequences))
+
+        scores = data.ranks.lead(ask)
+        if not data.ranks.share(lambda: scores is not None):
             return None
         ours = score(trainer, batch)
-        found = compare(names, sequences, ours, scores or []) if data.session else None
-        return data.exchange.broadcast(found)
+        return data.ranks.share(lambda: compare(names, sequences, ours, scores or []))
 
 
 def compare(
@@ -216,8 +218,7 @@ def check_repeatable(trainer: L.Trainer, data: RolloutDataModule, module: Any) -
         dtype = max((model.dtype, precision), key=lambda d: torch.finfo(d).eps)
         # Kernels may add up in another order: a part of the square root of the rounding.
         found = largest_difference(first, second)
-        assert data.exchange is not None
-        if not data.exchange.broadcast(found > torch.finfo(dtype).eps ** 0.5 / 2):
+        if not data.ranks.share(lambda: found > torch.finfo(dtype).eps ** 0.5 / 2):
             return
         culprit = first_random_module(model, lambda: score(trainer, batch))
     raise ConfigurationError(
@@ -230,12 +231,7 @@ def check_repeatable(trainer: L.Trainer, data: RolloutDataModule, module: Any) -
 
 def _probe(data: RolloutDataModule, count: int) -> tuple[list[str], list[list[int]], MicroBatch]:
     """Prompts' names, token sequences, and the same as a batch, on every rank."""
-    assert data.exchange is not None
-    found: tuple[list[str], list[list[int]]] = ([], [])
-    with data.exchange.leading():
-        if data.session is not None:
-            found = data.probe_sequences(count)
-    names, sequences = data.exchange.broadcast(found)
+    names, sequences = data.ranks.share(lambda: data.probe_sequences(count))
     return names, sequences, _as_batch(sequences)
 
 

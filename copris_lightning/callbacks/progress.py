@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from copris_lightning.core.batching import MicroBatch
-from copris_lightning.datamodules.feed import RolloutProgress
+from copris_lightning.datamodules.stage_meter import RolloutProgress
 from copris_lightning.trainer_parts import datamodule
 
 
@@ -28,7 +28,7 @@ class RolloutProgressBar(TQDMProgressBar):
     def init_train_tqdm(self) -> Tqdm:
         """A bar over all batches of the run; a resumed one starts where the first one stopped."""
         bar = super().init_train_tqdm()
-        bar.initial = bar.n = datamodule(self.trainer).training.trained_batches
+        bar.initial = bar.n = datamodule(self.trainer).feed.trained_batches
         bar.total = run_batches(self.trainer)
         return bar
 
@@ -47,7 +47,7 @@ class RolloutProgressBar(TQDMProgressBar):
         """Count a batch once its last micro-batch was trained on."""
         if not batch.is_last:
             return
-        done = datamodule(trainer).training.trained_batches
+        done = datamodule(trainer).feed.trained_batches
         if self._should_update(done, self.train_progress_bar.total):
             self.train_progress_bar.n = done
             self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
@@ -95,7 +95,7 @@ def run_batches(trainer: L.Trainer) -> int | None:
 
     Lightning counts micro-batches for epochs and optimizer steps for ``max_steps``.
     """
-    shape = datamodule(trainer).training.shape
+    shape = datamodule(trainer).feed.shape
     limits = []
     if trainer.max_steps > 0:
         limits.append(-(-trainer.max_steps // shape.updates))

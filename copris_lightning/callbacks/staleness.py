@@ -192,7 +192,7 @@ class StalenessMonitor(L.Callback):
         """Count where the batches are, from where a checkpoint stopped."""
         self.statistics.to(pl_module.device)
         # Where the sync of a batch failed, nobody said that the batch was over.
-        if not self._at_step or not datamodule(trainer).training.has_open_batch:
+        if not self._at_step or not datamodule(trainer).feed.batch.is_open:
             return
         self.statistics.known |= set(self._at_step["known"])
         for name in self._at_step["corrections"]:

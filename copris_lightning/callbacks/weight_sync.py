@@ -220,11 +220,11 @@ class WeightSync(L.Callback):
 
     def _first_sync(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_synced:
-            if datamodule(trainer).training is not None:
+            if datamodule(trainer).feed is not None:
                 check_repeatable(trainer, datamodule(trainer), pl_module)
             # A checkpoint taken between an optimizer step and its sync holds newer weights than
             # those that bear the saved version. If it was taken within a batch, the batch's own
             # sync comes before anything is generated for training.
-            training = datamodule(trainer).training
-            is_newer = self._trained_since and not (training and training.has_open_batch)
+            feed = datamodule(trainer).feed
+            is_newer = self._trained_since and not (feed and feed.batch.is_open)
             self.sync(trainer, pl_module, self.version + int(is_newer))

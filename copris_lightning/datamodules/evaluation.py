@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 
@@ -11,7 +11,7 @@ from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.evaluation import EvaluationBatch
 from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.datamodules.preparation import Preparation
-from copris_lightning.datamodules.ranks import Exchange
+from copris_lightning.datamodules.ranks import Ranks
 from copris_lightning.datamodules.settings import Evaluation
 from copris_lightning.engines.engine import Decoding
 from copris_lightning.rollout.scheduler import RolloutScheduler
@@ -24,7 +24,7 @@ def evaluation_batches(run: Preparation, name: str) -> int:
 
 
 def evaluate(
-    session: RolloutSession | None, run: Preparation, name: str, exchange: Exchange
+    session: RolloutSession | None, run: Preparation, name: str, ranks: Ranks
 ) -> Iterator[EvaluationBatch]:
     """Sample k responses to every prompt of an evaluation, a batch's worth of prompts at a time.
 
@@ -34,15 +34,17 @@ def evaluate(
     stream, size = run.evaluations[name], run.settings.batch.groups
     evaluation = run.settings.evaluations[name]
     scheduler = None if session is None else _scheduler(session, run, name)
+
+    def collect(start: int) -> EvaluationBatch:
+        assert session is not None
+        assert scheduler is not None
+        scheduler.buffer.batch_groups = min(size, len(stream) - start)
+        groups, _ = session.call(scheduler.collect(), watch=True)
+        return _batch(session, groups, name, evaluation)
+
     try:
         for start in range(0, len(stream), size):
-            batch: Any = None
-            with exchange.leading():
-                if session is not None and scheduler is not None:
-                    scheduler.buffer.batch_groups = min(size, len(stream) - start)
-                    groups, _ = session.call(scheduler.collect(), watch=True)
-                    batch = _batch(session, groups, name, evaluation)
-            yield exchange.broadcast(batch)
+            yield ranks.share(partial(collect, start))
     finally:  # also where Lightning asks for some of the batches only
         if session is not None and scheduler is not None and session.is_open:
             session.close_scheduler(scheduler)

@@ -1,60 +1,79 @@
-"""The training stream: collect, score, divide, hand out; and where it is, for checkpoints."""
+"""From the rollout to micro-batches: take, score, credit, divide, scatter; and where that is."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import lightning as L
 
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.buffer import CarryOverBuffer
-from copris_lightning.core.trajectory import PromptGroup
+from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.datamodules.continuity import Continuity
-from copris_lightning.datamodules.credit import mean_reward, quarantine, set_advantages
+from copris_lightning.datamodules.credit import quarantine, set_advantages
 from copris_lightning.datamodules.divide import BatchShape, divide
 from copris_lightning.datamodules.equal_rewards import EqualRewards
-from copris_lightning.datamodules.ranks import Exchange
+from copris_lightning.datamodules.figures import Cycle, response_figures, stage_figures
+from copris_lightning.datamodules.ranks import Ranks
 from copris_lightning.datamodules.scoring import score_behavior, score_proximal
+from copris_lightning.datamodules.stage_meter import RolloutProgress, StageMeter
 from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.engines.engine import Decoding, Resting
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.filters import ZeroVarianceFilter
-from copris_lightning.rollout.scheduler import Event, RolloutScheduler, StageStats
+from copris_lightning.rollout.scheduler import Event, RolloutScheduler
 from copris_lightning.rollout.session import RolloutSession
 
 
-@dataclass(frozen=True, slots=True)
-class RolloutProgress:
-    """Where the running stage is.
+@dataclass(frozen=True)
+class Batch:
+    """A batch from its take to its last micro-batch. There is no other state between the two.
 
     Attributes:
-        ready_groups: complete groups so far.
-        batch_groups: how many end the stage.
-        in_flight: trajectories in flight.
-        cap: how many there may be.
-        tokens: response tokens received in this stage.
-        seconds: since the stage began, on the engine's clock.
+        index: from the run's first start on; -1 before the first batch.
+        version: of the policy that is trained on it.
+        groups: that were taken; none on other ranks than 0.
+        figures: to log with it.
+        micro_batches: this rank's, in the order of training; none before it is divided.
+        first_step: optimizer steps of the run before its own.
+        position: micro-batches handed out.
     """
 
-    ready_groups: int
-    batch_groups: int
-    in_flight: int
-    cap: int
-    tokens: int
-    seconds: float
+    index: int = -1
+    version: int = 0
+    groups: tuple[PromptGroup, ...] = ()
+    figures: dict[str, float] = field(default_factory=dict)
+    micro_batches: tuple[MicroBatch, ...] = ()
+    first_step: int = 0
+    position: int = 0
+
+    @property
+    def rows(self) -> list[Trajectory]:
+        """Its trajectories."""
+        return [trajectory for group in self.groups for trajectory in group.trajectories]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether some of its micro-batches are still to be trained on."""
+        return self.position < len(self.micro_batches)
+
+    @property
+    def is_undivided(self) -> bool:
+        """Whether it was taken, and something interrupted what comes before training on it."""
+        return bool(self.groups) and not self.micro_batches
 
 
-class TrainingStream:
+class Feed:
     """Endless micro-batches for this rank.
 
     Args:
         trainer: its module recomputes log-probs; its accumulation shapes the batches.
         session: the engine, on rank 0; ``None`` elsewhere.
         run: what identifies the rollout: prompts, settings, shape of batches.
-        exchange: between ranks.
+        ranks: all of them.
         observer: called with every scheduler event, on the rollout thread.
     """
 
@@ -64,241 +83,165 @@ class TrainingStream:
         session: RolloutSession | None,
         run: Continuity,
         *,
-        exchange: Exchange,
+        ranks: Ranks,
         observer: Callable[[Event], None],
     ) -> None:
-        self.delivered: list[PromptGroup] = []
-        self.batch_index = -1
+        self.batch = Batch()
+        """The last one that was taken."""
+        self.meter = StageMeter()
+        self.scheduler: RolloutScheduler | None = None
         self._trainer = trainer
         self._session = session
         self._run = run
-        self._prompts = run.prompts
-        self._settings = settings = run.settings
-        self._shape = run.shape
-        self._exchange = exchange
-        self._observer = observer
-        self._micro_batches: list[MicroBatch] = []
-        self._position = 0
-        self._first_step = 0
-        self._undivided = False
-        self._trained = False
-        self.is_collecting = False
-        self._stats = StageStats(0.0, 0, 0, 0, 0, 0, 0.0)
-        self._metrics: dict[str, float] = {}
-        self._policy_version = 0
-        self._cycle_start: float | None = None
-        self._stage_start = 0.0
-        self._stage_tokens = 0
-        self._stage_now = 0.0
-        self.scheduler: RolloutScheduler | None = None
+        self._ranks = ranks
+        self._cycle = Cycle()
         if session is not None:
-            self._equal_rewards = EqualRewards(
+            self._warn_of_equal_rewards = EqualRewards(
                 session.reward_name, session.decode, run.prompts.prompt
             )
-            self.scheduler = session.new_scheduler(
-                run.new_buffer(),
-                run.prompts,
-                decoding=Decoding(settings.task.sampling),
-                seed=settings.seed,
-                name="train",
-                accept=ZeroVarianceFilter(
-                    settings.credit.dropped_limit(settings.batch), session.reward_name
-                )
-                if settings.credit.drop_zero_variance
-                else None,
-                observer=self._observe,
-            )
+            self.scheduler = _scheduler(session, run, self.meter, observer)
 
     def __len__(self) -> int:
         """Micro-batches of an epoch: every prompt once, as far as full batches go."""
-        return self._shape.epoch(len(self._prompts), self._settings.batch.groups)
+        return self.shape.epoch(len(self._run.prompts), self._run.settings.batch.groups)
 
     @property
     def epoch(self) -> int:
         """Micro-batches of an epoch of this run, limits included."""
         return epoch_micro_batches(self._trainer, len(self))
 
+    @property
+    def shape(self) -> BatchShape:
+        """How batches are divided."""
+        return self._run.shape
+
+    @property
+    def parts(self) -> list[int]:
+        """How a batch is divided: ranks, updates, micro-batches."""
+        return self._run.parts
+
+    @property
+    def trained_batches(self) -> int:
+        """Batches of the run, from its first start on, that were trained on as a whole."""
+        batch = self.batch
+        return batch.index + 1 - (batch.is_open or batch.is_undivided)
+
+    @property
+    def ends_step(self) -> bool:
+        """Whether the micro-batch that was handed out last is the last of its optimizer step."""
+        return self.batch.position % self.shape.micro_batches == 0
+
     def __iter__(self) -> Iterator[MicroBatch]:
-        """Go on where the stream is; it has no end of its own."""
+        """Go on where the feed is; it has no end of its own."""
         while True:
-            if not self.has_open_batch:
-                self._micro_batches = self._exchange.scatter(self._next_batch())
-            self._position += 1
-            self._trained = True
-            yield self._micro_batches[self._position - 1]
+            if not self.batch.is_open:
+                self._next_batch()
+            batch = self.batch
+            self.batch = replace(batch, position=batch.position + 1)
+            yield batch.micro_batches[batch.position]
 
     def advance(self, version: int) -> None:
         """The engine has the weights of ``version`` from now on."""
         if self._session is not None and self.scheduler is not None:
             self._session.call(_advance(self.scheduler.buffer, version), watch=False)
 
-    def gather(self, part: Any) -> list[Any]:
-        """Every rank's ``part`` on rank 0, an empty list elsewhere; all ranks must call it."""
-        return self._exchange.gather(part) or []
-
-    @property
-    def has_open_batch(self) -> bool:
-        """Whether some micro-batches of the last batch are still to be trained on."""
-        return self._position < len(self._micro_batches)
-
-    @property
-    def trained_batches(self) -> int:
-        """Batches of the run, from its first start on, that were trained on as a whole."""
-        return self.batch_index + 1 - self.has_open_batch
-
-    @property
-    def shape(self) -> BatchShape:
-        """How batches are divided."""
-        return self._shape
-
-    @property
-    def ends_step(self) -> bool:
-        """Whether the micro-batch that was handed out last is the last of its optimizer step."""
-        return self._position % self._shape.micro_batches == 0
-
-    @property
-    def _stepped(self) -> int:
-        """Micro-batches of the last batch whose optimizer step was taken."""
-        steps = self._trainer.global_step - self._first_step
-        return min(steps * self._shape.micro_batches, len(self._micro_batches))
-
     def progress(self) -> RolloutProgress:
-        """Where the running stage is; may be asked from any thread."""
+        """Where the running stage is; may be asked from any thread, on rank 0."""
         assert self.scheduler is not None
-        buffer = self.scheduler.buffer
-        return RolloutProgress(
-            ready_groups=min(buffer.ready_groups, buffer.batch_groups),
-            batch_groups=buffer.batch_groups,
-            in_flight=buffer.in_flight,
-            cap=buffer.limit,
-            tokens=self._stage_tokens,
-            seconds=self._stage_now - self._stage_start,
+        return self.meter.read(self.scheduler.buffer)
+
+    # -- one batch -------------------------------------------------------------------------
+
+    def _next_batch(self) -> None:
+        """Take, score, credit, divide, scatter: every rank takes part in scoring."""
+        self._cycle.begin()
+        self._ranks.lead(self._take)
+        self._cycle.rolled_out()
+        self._score()
+        self.batch = self._ranks.deal(self._credit_and_divide)
+
+    def _take(self) -> None:
+        """The groups of the next batch, unless they were taken before something interrupted."""
+        assert self._session is not None
+        assert self.scheduler is not None
+        self._check_synced(self.scheduler.buffer.version)
+        if not self.batch.is_undivided:
+            self._session.call(self._taken(self.scheduler), watch=True)
+        if isinstance(self._session.engine, Resting):
+            self._session.call(self._session.engine.rest())
+
+    async def _taken(self, scheduler: RolloutScheduler) -> None:
+        """Keep the groups before anything can interrupt: they have left the buffer."""
+        with self.meter.running():
+            groups, stats = await scheduler.collect()
+        self.batch = Batch(
+            index=self.batch.index + 1,
+            version=scheduler.buffer.version,
+            groups=tuple(groups),
+            figures=stage_figures(stats),
         )
 
-    def _observe(self, event: Event) -> None:
-        if event.kind == "chunk":
-            self._stage_tokens += event.tokens
-        self._stage_now = event.time
-        self._observer(event)
+    def _check_synced(self, version: int) -> None:
+        """The trainer can only score tokens made with the weights that it has."""
+        is_stale = self.batch.position > 0 and version == self.batch.version
+        if is_stale and self._run.settings.flow.behavior_logprobs == "trainer":
+            raise ConfigurationError(
+                "flow.behavior_logprobs=trainer needs a weight sync after every batch, and there "
+                f"was none after batch {self.batch.index}; set it to engine, or sync"
+            )
 
-    def _next_batch(self) -> list[list[MicroBatch]] | None:
-        """Collect a batch on rank 0; every rank takes part in scoring it."""
-        started = time.perf_counter()
-        trajectories = None
-        with self._exchange.leading():
-            if self._session is not None and self.scheduler is not None:
-                self._check_synced()
-                if not self._undivided:
-                    self._session.call(self._collect(self.scheduler), watch=True)
-                if isinstance(self._session.engine, Resting):
-                    self._session.call(self._session.engine.rest())
-                trajectories = [t for group in self.delivered for t in group.trajectories]
-                trajectories.extend(self.scheduler.buffer.trajectories())
-        rolled_out = time.perf_counter()
-        if self._settings.flow.behavior_logprobs == "trainer":
+    def _score(self) -> None:
+        """Log-probs that nobody can compute any more once the weights change."""
+        settings = self._run.settings
+        sampling, max_tokens = settings.task.sampling, settings.batch.score_tokens
+        taken = everything = None
+        if self.scheduler is not None:
+            taken = self.batch.rows
+            everything = [*taken, *self.scheduler.buffer.trajectories()]
+        if settings.flow.behavior_logprobs == "trainer":
             score_behavior(
-                self._trainer,
-                trajectories,
-                self._exchange,
-                sampling=self._settings.task.sampling,
-                max_tokens=self._settings.batch.score_tokens,
+                self._trainer, everything, self._ranks, sampling=sampling, max_tokens=max_tokens
             )
         if self._needs_proximal:
-            delivered = [t for group in self.delivered for t in group.trajectories]
             score_proximal(
-                self._trainer,
-                None if trajectories is None else delivered,
-                self._exchange,
-                sampling=self._settings.task.sampling,
-                max_tokens=self._settings.batch.score_tokens,
+                self._trainer, taken, self._ranks, sampling=sampling, max_tokens=max_tokens
             )
-        divided = None
-        with self._exchange.leading():
-            if trajectories is not None:
-                self._equal_rewards(self.delivered)
-                quarantine(self.delivered, self._settings.credit.max_quarantined)
-                set_advantages(self.delivered, self._settings.credit, self._settings.task.sampling)
-            self.batch_index += 1
-            self._position, self._first_step = 0, self._trainer.global_step
-            if trajectories is not None:
-                self._metrics = self._figures(started, rolled_out)
-                divided = self._divide()
-                self._micro_batches = divided[0]  # what a checkpoint holds if a rank dies now
-        self._undivided = False
-        return divided
-
-    async def _collect(self, scheduler: RolloutScheduler) -> None:
-        """Keep the batch before anything can interrupt: it has left the buffer."""
-        self._stage_tokens, self._stage_start = 0, self._stage_now
-        self.is_collecting = True
-        try:
-            self.delivered, self._stats = await scheduler.collect()
-        finally:
-            self.is_collecting = False
-        self._micro_batches, self._position = [], 0
-        self._undivided = True
-        self._policy_version = scheduler.buffer.version
-        self._trained = False
 
     @property
     def _needs_proximal(self) -> bool:
         module: Any = self._trainer.lightning_module
         return bool(module.estimator.needs_proximal)
 
-    def _check_synced(self) -> None:
-        """The trainer can only score tokens made with the weights that it has."""
-        assert self.scheduler is not None
-        is_stale = self._trained and self.scheduler.buffer.version == self._policy_version
-        if is_stale and self._settings.flow.behavior_logprobs == "trainer":
-            raise ConfigurationError(
-                "flow.behavior_logprobs=trainer needs a weight sync after every batch, and there "
-                f"was none after batch {self.batch_index}; set it to engine, or sync"
-            )
+    def _credit_and_divide(self) -> list[Batch]:
+        """On rank 0, each rank's batch; its own is kept at once, so that a checkpoint holds it even
+        if a rank dies before all have theirs."""
+        credit, sampling = self._run.settings.credit, self._run.settings.task.sampling
+        batch = self.batch
+        self._warn_of_equal_rewards(batch.groups)
+        quarantine(batch.groups, credit.max_quarantined)
+        set_advantages(batch.groups, credit, sampling)
+        figures = {**batch.figures, **response_figures(batch.rows)}
+        figures.update(self._cycle.figures(sum(t.response_length for t in batch.rows)))
+        step = self._trainer.global_step
+        parts = self._divided(replace(batch, figures=figures, first_step=step))
+        self.batch = parts[0]
+        return parts
 
-    def _divide(self) -> list[list[MicroBatch]]:
-        return divide(
-            self.delivered,
-            self._shape,
-            source=self._settings.flow.behavior_logprobs,
-            policy_version=self._policy_version,
-            sampling=self._settings.task.sampling,
-            quarantine_limit=self._settings.credit.quarantine_limit(self._settings.batch),
-            metrics=self._metrics,
-            seed=self.batch_index,
+    def _divided(self, batch: Batch) -> list[Batch]:
+        """A batch as each rank has it: only rank 0 has its groups."""
+        settings = self._run.settings
+        micro_batches = divide(
+            batch.groups,
+            self.shape,
+            source=settings.flow.behavior_logprobs,
+            policy_version=batch.version,
+            sampling=settings.task.sampling,
+            quarantine_limit=settings.credit.quarantine_limit(settings.batch),
+            metrics=batch.figures,
+            seed=batch.index,
         )
-
-    def _figures(self, started: float, ended: float) -> dict[str, float]:
-        stats = self._stats
-        rows = [t for group in self.delivered for t in group.trajectories]
-        tokens = sum(t.response_length for t in rows)
-        figures = {
-            "train/reward": mean_reward(rows),
-            "train/response_tokens": tokens / len(rows),
-            "train/truncated_fraction": sum(t.finish_reason == "length" for t in rows) / len(rows),
-            "train/excluded_fraction": sum(t.excluded is not None for t in rows) / len(rows),
-            "train/quarantined": float(sum(t.is_quarantined for t in rows)),
-            "rollout/stage_s": stats.seconds,
-            "rollout/tokens_per_s": stats.tokens / max(stats.seconds, 1e-9),
-            "rollout/in_flight": stats.in_flight_mean,
-            "rollout/carried_over": float(stats.carried_over),
-            "rollout/ready_groups": float(stats.ready_groups),
-            "rollout/dropped_groups": float(stats.dropped_groups),
-            "rollout/resent_tokens": float(stats.resent_tokens),
-            "rollout/dropped_tokens": float(stats.dropped_tokens),
-        }
-        if self._cycle_start is not None:
-            # A cycle runs from one rollout's end to the next one's: training, sync, rollout.
-            cycle = ended - self._cycle_start
-            figures["time/cycle_s"] = cycle
-            figures["time/rollout_fraction"] = (ended - started) / cycle
-            figures["train/tokens_per_s"] = tokens / cycle
-        self._cycle_start = ended
-        return figures
-
-    @property
-    def parts(self) -> list[int]:
-        """How a batch is divided: ranks, updates, micro-batches."""
-        return self._run.parts
+        parts = [replace(batch, groups=(), micro_batches=tuple(own)) for own in micro_batches]
+        return [replace(parts[0], groups=batch.groups), *parts[1:]]
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -306,58 +249,82 @@ class TrainingStream:
         """Rank 0's buffer, prompts and place in the batch, as plain values."""
         if self._session is None or self.scheduler is None:
             return {}
-        # Not where the stream is: gradients accumulated so far are not saved.
-        position = self._stepped
-        is_open = self._undivided or position < len(self._micro_batches)
+        batch = self.batch
+        # Whole optimizer steps, not where the feed is: gradients accumulated so far are not saved.
+        steps = self._trainer.global_step - batch.first_step
+        position = min(steps * self.shape.micro_batches, len(batch.micro_batches))
+        is_open = batch.is_undivided or position < len(batch.micro_batches)
         return {
             **self._run.state_dict(),
             "buffer": self._session.call(_snapshot(self.scheduler.buffer), watch=False),
-            "prompts": self._prompts.state_dict(),
-            "batch_index": self.batch_index,
-            "delivered": [g.state_dict() for g in self.delivered if is_open],
-            "undivided": self._undivided,
+            "prompts": self._run.prompts.state_dict(),
+            "batch_index": batch.index,
+            "delivered": [group.state_dict() for group in batch.groups if is_open],
+            "undivided": batch.is_undivided,
             "position": position if is_open else 0,
-            "first_step": self._first_step,
-            "policy_version": self._policy_version,
-            "metrics": self._metrics,
+            "first_step": batch.first_step,
+            "policy_version": batch.version,
+            "metrics": batch.figures,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved place; a batch that was being trained on is divided again."""
         self._run.check(state)
-        self.batch_index = state["batch_index"]
-        self._position = state["position"]
-        self._first_step = state["first_step"]
-        self._policy_version = state["policy_version"]
-        self._metrics = state["metrics"]
-        self._undivided = state["undivided"]
-        self.delivered = [PromptGroup.from_state(group) for group in state["delivered"]]
-        self._prompts.load_state_dict(state["prompts"])
-        parts = None
-        with self._exchange.leading():
-            if self.scheduler is not None:
-                parts = self._restored_parts(self.scheduler, state["buffer"])
-        self._micro_batches = self._exchange.scatter(parts)
+        self._run.prompts.load_state_dict(state["prompts"])
+        self.batch = self._ranks.deal(partial(self._restored, state))
 
-    def _restored_parts(
-        self, scheduler: RolloutScheduler, buffer: dict[str, Any]
-    ) -> list[list[MicroBatch]]:
-        """Each rank's micro-batches of the batch that the checkpoint was taken in; none if it was
-        taken between two."""
-        scheduler.buffer.load_state_dict(buffer)
-        if not self.delivered or self._undivided:
-            return [[] for _ in range(self._shape.world_size)]
-        rows = [t for group in self.delivered for t in group.trajectories]
-        if self._needs_proximal and not any(t.proximal_logprobs for t in rows):
+    def _restored(self, state: dict[str, Any]) -> list[Batch]:
+        """On rank 0, each rank's batch: divided, if the checkpoint was taken within it."""
+        assert self.scheduler is not None
+        self.scheduler.buffer.load_state_dict(state["buffer"])
+        batch = Batch(
+            index=state["batch_index"],
+            version=state["policy_version"],
+            groups=tuple(PromptGroup.from_state(group) for group in state["delivered"]),
+            figures=state["metrics"],
+            first_step=state["first_step"],
+            position=state["position"],
+        )
+        if not batch.groups or state["undivided"]:
+            return [batch, *[replace(batch, groups=())] * (self.shape.world_size - 1)]
+        if self._needs_proximal and not any(t.proximal_logprobs for t in batch.rows):
             raise ConfigurationError(
                 "the checkpoint was taken within a batch whose proximal log-probs were not "
                 "computed; set estimator.ratio.proximal=loglinear for this "
                 "batch, or resume from another checkpoint"
             )
-        return self._divide()
+        return self._divided(batch)
+
+
+def _scheduler(
+    session: RolloutSession,
+    run: Continuity,
+    meter: StageMeter,
+    observer: Callable[[Event], None],
+) -> RolloutScheduler:
+    settings = run.settings
+    accept = None
+    if settings.credit.drop_zero_variance:
+        limit = settings.credit.dropped_limit(settings.batch)
+        accept = ZeroVarianceFilter(limit, session.reward_name)
+
+    def observe(event: Event) -> None:
+        meter.observe(event)
+        observer(event)
+
+    return session.new_scheduler(
+        run.new_buffer(),
+        run.prompts,
+        decoding=Decoding(settings.task.sampling),
+        seed=settings.seed,
+        name="train",
+        accept=accept,
+        observer=observe,
+    )
 
 
 async def _advance(buffer: CarryOverBuffer, version: int) -> None:
+    assert not buffer.in_flight, "a sync between stages finds nothing in flight"
     assert not buffer.in_flight, "a sync between stages finds nothing in flight"
     buffer.advance(version)
 

@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import lightning as L
 
 from copris_lightning.core.batching import MicroBatch
-from copris_lightning.datamodules.feed import RolloutProgress
+from copris_lightning.datamodules.stage_meter import RolloutProgress
 
 
 @runtime_checkable

@@ -1,9 +1,9 @@
-"""Rank 0 rolls out; this hands every other rank its share."""
+"""Rank 0 has the engine and decides; the others are told how that ended, and get their share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,63 +14,76 @@ from copris_lightning.errors import RolloutError
 T = TypeVar("T")
 
 
-class Exchange:
-    """Moves Python objects between ranks; with one process it does nothing.
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    """What another rank hears of rank 0's work: its part of the result, or how it failed."""
+
+    part: Any = None
+    failure: str | None = None
+
+
+class Ranks:
+    """The trainer's ranks; all of them call each method together. With one process it only calls.
 
     It has a gloo group of its own, so that ranks can wait for a rollout longer than the training
     group's time limit, and asleep.
     """
 
     def __init__(self) -> None:
-        self._world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        self.rank = dist.get_rank() if self._world > 1 else 0
+        self.size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        self.rank = dist.get_rank() if self.size > 1 else 0
         self._group: Any = None
-        if self._world > 1:
+        if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
 
-    @property
-    def world_size(self) -> int:
-        """Number of ranks."""
-        return self._world
-
-    def scatter(self, parts: list[T] | None) -> T:
-        """Rank 0 gives one part per rank, the others ``None``; each gets its own."""
-        if self._world == 1:
-            assert parts is not None
-            part = parts[0]
-        else:
-            received: list[Any] = [None]
-            dist.scatter_object_list(received, parts, src=0, group=self._group)
-            part = received[0]
-        if isinstance(part, BaseException):
-            raise part
-        return part
-
-    def broadcast(self, value: T) -> T:
-        """Rank 0's value, on every rank; the others' are not looked at."""
-        return self.scatter([value] * self._world if self.rank == 0 else None)
-
-    @contextmanager
-    def leading(self) -> Iterator[None]:
-        """Around what rank 0 does while the others have nothing to do: they wait for it.
+    def deal(self, work: Callable[[], list[T]]) -> T:
+        """Have rank 0 make one part per rank, in rank order; each gets its own.
 
         Raises:
-            RolloutError: on the other ranks, where rank 0 raised in the block.
+            RolloutError: on the other ranks, where the work failed on rank 0; there it raises what
+                the work raised.
         """
-        try:
-            yield
-        except BaseException as error:
-            if self.rank == 0 and self._world > 1:
-                failure = RolloutError(f"the rollout failed on rank 0: {error!r}")
-                parts = [failure] * self._world
-                dist.scatter_object_list([None], parts, src=0, group=self._group)
-            raise
-        self.broadcast(None)
+        if self.rank == 0:
+            try:
+                parts = work()
+            except BaseException as error:
+                self._scatter([_Outcome(failure=repr(error))] * self.size)
+                raise
+            self._scatter([_Outcome(part) for part in parts])
+            return parts[0]
+        outcome = self._scatter(None)
+        if outcome.failure is not None:
+            raise RolloutError(f"the rollout failed on rank 0: {outcome.failure}")
+        part: T = outcome.part
+        return part
+
+    def share(self, work: Callable[[], T]) -> T:
+        """Have rank 0 work out something that every rank gets. Raises as :meth:`deal`."""
+        return self.deal(lambda: [work()] * self.size)
+
+    def lead(self, work: Callable[[], T]) -> T | None:
+        """Have rank 0 do something while the others wait; its result, and ``None`` on the others.
+        Raises as :meth:`deal`."""
+        results: list[T] = []
+
+        def alone() -> list[None]:
+            results.append(work())
+            return [None] * self.size
+
+        self.deal(alone)
+        return results[0] if results else None
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank gives a value; rank 0 gets them all, in rank order."""
-        if self._world == 1:
+        if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self._world if self.rank == 0 else None
+        values: list[Any] | None = [None] * self.size if self.rank == 0 else None
         dist.gather_object(value, values, dst=0, group=self._group)
         return values
+
+    def _scatter(self, outcomes: list[_Outcome] | None) -> _Outcome:
+        received: list[Any] = [None]
+        if self.size > 1:
+            dist.scatter_object_list(received, outcomes, src=0, group=self._group)
+        outcome: _Outcome = received[0]
+        return outcome

@@ -20,12 +20,13 @@ from copris_lightning.datamodules.checks import (
     check_sync,
     write_before_sync,
 )
+from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.evaluation import evaluate, evaluation_batches
-from copris_lightning.datamodules.feed import TrainingStream
+from copris_lightning.datamodules.feed import Feed
 from copris_lightning.datamodules.loader import SizedStream
 from copris_lightning.datamodules.preparation import Preparation, prepare
 from copris_lightning.datamodules.protocols import RolloutListener, RunWriter
-from copris_lightning.datamodules.ranks import Exchange
+from copris_lightning.datamodules.ranks import Ranks
 from copris_lightning.datamodules.sealed import Sealed
 from copris_lightning.datamodules.settings import (
     BatchSize,
@@ -87,12 +88,11 @@ class RolloutDataModule(L.LightningDataModule):
         """Called with every scheduler event of training, on the rollout thread."""
         self.session: RolloutSession | None = None
         """The engine's thread; on rank 0 only, from ``setup`` to ``teardown``."""
-        self.training: TrainingStream | None = None
-        """The training stream, in ``fit``."""
+        self.feed: Feed | None = None
+        """Micro-batches for training, in ``fit``."""
         self.has_begun = False
         """Whether ``fit`` is past restoring and starting, so that there is something to save."""
-        self.exchange: Exchange | None = None
-        """Between ranks, from ``setup`` on."""
+        self._ranks: Ranks | None = None
         self._prepared: Preparation | None = None
         self._send: Callable[[], None] | None = None
         self._last_state: dict[str, Any] = {}
@@ -126,25 +126,32 @@ class RolloutDataModule(L.LightningDataModule):
                 callback.open(self.trainer, stage)
         with under("engine"):
             self.engine.validate(run.spec)
-        self.exchange = self.exchange or Exchange()
         going_on = run.continuity() if stage == "fit" else None
-        with self.exchange.leading():
-            if self.trainer.is_global_zero:
-                check_resumed(self.trainer, self, going_on)
-            if self.trainer.is_global_zero and self.session is None:
-                scorer = RewardScorer(self.settings.task.scoring)
-                self.session = RolloutSession(
-                    self.engine, run.spec, scorer, run.decoder(), self._while_waiting
-                )
-        self.training = None
+        self._ranks = self._ranks or Ranks()
+        self.ranks.lead(partial(self._open, run, going_on))
+        self.feed = None
         if going_on is not None:
             going_on.warn()
-            self.training = TrainingStream(
+            self.feed = Feed(
                 self.trainer,
                 self.session,
                 going_on,
-                exchange=self.exchange,
+                ranks=self.ranks,
                 observer=self._observe,
+            )
+
+    @property
+    def ranks(self) -> Ranks:
+        """All ranks, from ``setup`` on."""
+        assert self._ranks is not None
+        return self._ranks
+
+    def _open(self, run: Preparation, going_on: Continuity | None) -> None:
+        check_resumed(self.trainer, self, going_on)
+        if self.session is None:
+            scorer = RewardScorer(self.settings.task.scoring)
+            self.session = RolloutSession(
+                self.engine, run.spec, scorer, run.decoder(), self._while_waiting
             )
 
     def _check_training(self, run: Preparation) -> None:
@@ -169,9 +176,9 @@ class RolloutDataModule(L.LightningDataModule):
         if session is not None:
             try:
                 # A checkpoint may still be asked for, as by `trainer.save_checkpoint` after `fit`.
-                self._last_state = self.training.state_dict() if self.training is not None else {}
+                self._last_state = self.feed.state_dict() if self.feed is not None else {}
             finally:
-                self.training = None
+                self.feed = None
                 session.close()
 
     def update_weights(self, weights: Weights, version: int) -> None:
@@ -184,22 +191,18 @@ class RolloutDataModule(L.LightningDataModule):
         Raises:
             WeightSyncError: they did not arrive.
         """
-        assert self.exchange is not None
         if self._send is None and isinstance(self.engine, RankedSync):
-            self._send = self.engine.new_sender(weights, self.exchange.rank, self._run)
+            self._send = self.engine.new_sender(weights, self.ranks.rank, self._run)
         if self._send is None:
             whole = self.whole_weights(weights)
-            with self.exchange.leading():
-                self._run(self.engine.update_weights(whole.items(), version))
+            self.ranks.lead(lambda: self._run(self.engine.update_weights(whole.items(), version)))
         else:
             ranked = cast("RankedSync", self.engine)
-            with self.exchange.leading():
-                self._run(ranked.begin_update())
+            self.ranks.lead(lambda: self._run(ranked.begin_update()))
             self._send()
-            with self.exchange.leading():
-                self._run(ranked.finish_update(version))
-        if self.training is not None:
-            self.training.advance(version)
+            self.ranks.lead(lambda: self._run(ranked.finish_update(version)))
+        if self.feed is not None:
+            self.feed.advance(version)
 
     def whole_weights(self, weights: Weights) -> dict[str, Tensor]:
         """Copies of all weights in host memory, on rank 0; all ranks must ask."""
@@ -226,7 +229,7 @@ class RolloutDataModule(L.LightningDataModule):
         run = self._prepared
         names: list[str] = []
         sequences: list[list[int]] = []
-        groups = self.training.delivered if self.training is not None else []
+        groups = self.feed.batch.groups if self.feed is not None else ()
         for trajectory in (group.trajectories[0] for group in groups[:count]):
             names.append(trajectory.prompt_id)
             tokens = [*trajectory.prompt_token_ids, *trajectory.response_token_ids]
@@ -243,14 +246,14 @@ class RolloutDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> SizedStream:
         """Micro-batches; asking for the first of a batch rolls it out."""
-        if self.training is None:  # DeepSpeed looks for a batch size here, whatever the command
+        if self.feed is None:  # DeepSpeed looks for a batch size here, whatever the command
             return SizedStream(0, lambda: iter(()))
-        return SizedStream(len(self.training), self._micro_batches)
+        return SizedStream(len(self.feed), self._micro_batches)
 
     def _micro_batches(self) -> Iterator[Any]:
-        assert self.training is not None
+        assert self.feed is not None
         self.has_begun = True
-        yield from self.training
+        yield from self.feed
 
     def val_dataloader(self) -> list[SizedStream]:
         """Evaluated prompts of each evaluation on ``validate``; nothing if there are none."""
@@ -265,13 +268,12 @@ class RolloutDataModule(L.LightningDataModule):
         return self._evaluations()
 
     def _evaluations(self) -> list[SizedStream]:
-        run, exchange = self._prepared, self.exchange
+        run = self._prepared
         assert run is not None
-        assert exchange is not None
         return [
             SizedStream(
                 evaluation_batches(run, name),
-                partial(lambda name: evaluate(self.session, run, name, exchange), name),
+                partial(lambda name: evaluate(self.session, run, name, self.ranks), name),
             )
             for name in run.evaluations
         ]
@@ -290,10 +292,10 @@ class RolloutDataModule(L.LightningDataModule):
         assert self.trainer is not None
         if self.trainer.received_sigterm:
             raise SIGTERMException
-        if self.training is not None and self.training.is_collecting:
+        if self.feed is not None and self.feed.meter.is_running:
             for callback in callbacks(self.trainer):
                 if isinstance(callback, RolloutListener):
-                    callback.on_rollout_progress(self.training.progress())
+                    callback.on_rollout_progress(self.feed.progress())
 
     # -- checkpoints -----------------------------------------------------------------------
 
@@ -303,12 +305,11 @@ class RolloutDataModule(L.LightningDataModule):
         ZeRO-3 saves a file per rank. The others' must not be empty, or they would not be asked to
         load anything, while rank 0 waits for them.
         """
-        if self.training is None:
+        if self.feed is None:
             return self._last_state
-        return self.training.state_dict() or {"rank": self.exchange.rank if self.exchange else 0}
+        return self.feed.state_dict() or {"rank": self.ranks.rank}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from rank 0's state in a checkpoint; evaluation has none."""
-        if self.training is not None and state_dict:
-            assert self.exchange is not None
-            self.training.load_state_dict(self.exchange.broadcast(state_dict))
+        if self.feed is not None and state_dict:
+            self.feed.load_state_dict(self.ranks.share(lambda: state_dict))

@@ -7,18 +7,18 @@ from collections.abc import Sequence
 
 import lightning as L
 
-from copris_lightning.core.batching import collate, split_by_tokens
+from copris_lightning.core.batching import MicroBatch, collate, split_by_tokens
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.divide import sequence_length
-from copris_lightning.datamodules.ranks import Exchange
+from copris_lightning.datamodules.ranks import Ranks
 from copris_lightning.policy.sharding import score
 
 
 def score_behavior(
     trainer: L.Trainer,
     trajectories: Sequence[Trajectory] | None,
-    exchange: Exchange,
+    ranks: Ranks,
     *,
     sampling: Sampling,
     max_tokens: int,
@@ -31,7 +31,7 @@ def score_behavior(
     Args:
         trainer: holds the policy; see :func:`copris_lightning.policy.sharding.score`.
         trajectories: rank 0's; those without new tokens are passed over. Others give ``None``.
-        exchange: between ranks.
+        ranks: all of them.
         sampling: how the tokens were drawn.
         max_tokens: padded tokens per forward pass.
     """
@@ -39,7 +39,7 @@ def score_behavior(
     scores = _forward(
         trainer,
         None if trajectories is None else new,
-        exchange,
+        ranks,
         sampling=sampling,
         max_tokens=max_tokens,
     )
@@ -50,7 +50,7 @@ def score_behavior(
 def score_proximal(
     trainer: L.Trainer,
     trajectories: Sequence[Trajectory] | None,
-    exchange: Exchange,
+    ranks: Ranks,
     *,
     sampling: Sampling,
     max_tokens: int,
@@ -59,7 +59,7 @@ def score_proximal(
 
     Arguments as :func:`score_behavior`.
     """
-    scores = _forward(trainer, trajectories, exchange, sampling=sampling, max_tokens=max_tokens)
+    scores = _forward(trainer, trajectories, ranks, sampling=sampling, max_tokens=max_tokens)
     for trajectory, values in zip(trajectories or (), scores, strict=True):
         trajectory.proximal_logprobs = values
 
@@ -67,31 +67,33 @@ def score_proximal(
 def _forward(
     trainer: L.Trainer,
     rows: Sequence[Trajectory] | None,
-    exchange: Exchange,
+    ranks: Ranks,
     *,
     sampling: Sampling,
     max_tokens: int,
 ) -> list[list[float]]:
     """The trainer's log-probs of each response, on rank 0; the others help and get nothing."""
     runs = split_by_tokens([sequence_length(t) for t in rows or ()], max_tokens)
-    shares = None
-    if rows is not None:
+
+    def shares() -> list[list[MicroBatch]]:
+        assert rows is not None
         batches = [collate([rows[i] for i in run], source=None, sampling=sampling) for run in runs]
         # Each rank computes equally often: with split weights they can only do it together.
-        while len(batches) % exchange.world_size:
+        while len(batches) % ranks.size:
             batches.append(batches[0].placeholder())
-        shares = [batches[rank :: exchange.world_size] for rank in range(exchange.world_size)]
+        return [batches[rank :: ranks.size] for rank in range(ranks.size)]
+
     scored = []
-    for batch in exchange.scatter(shares):
+    for batch in ranks.deal(shares):
         logprobs = score(trainer, batch)
         lengths = batch.response_lengths.tolist()
         scored.append([row[:n].tolist() for row, n in zip(logprobs, lengths, strict=True)])
-    gathered = exchange.gather(scored)
+    gathered = ranks.gather(scored)
     if gathered is None or rows is None:
         return []
     result: list[list[float]] = [[] for _ in rows]
     for i, run in enumerate(runs):
-        part = gathered[i % exchange.world_size][i // exchange.world_size]
+        part = gathered[i % ranks.size][i // ranks.size]
         for j, values in zip(run, part, strict=True):
             result[j] = values
     return result

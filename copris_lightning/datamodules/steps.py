@@ -33,10 +33,10 @@ class WholeSteps:
         loop = trainer.fit_loop
         # What loggers count by. After some kinds of restart Lightning is one ahead.
         loop.epoch_loop._batches_that_stepped = trainer.global_step
-        training = datamodule(trainer).training
-        if training is not None and training.ends_step == loop._should_accumulate():
+        feed = datamodule(trainer).feed
+        if feed is not None and feed.ends_step == loop._should_accumulate():
             raise ConfigurationError(
-                f"the optimizer would step on a part of batch {training.batch_index}: something "
+                f"the optimizer would step on a part of batch {feed.batch.index}: something "
                 "ended an epoch within a batch (a hook that skips the rest of one, or a loop that "
                 "was changed while it ran); let epochs end by trainer.limit_train_batches"
             )
@@ -61,11 +61,11 @@ class WholeSteps:
         refuse_torn(checkpoint, str(trainer.ckpt_path))
         data = datamodule(trainer)
         state = checkpoint.get(type(data).__qualname__)
-        if data.training is not None and state:
+        if data.feed is not None and state:
             # Under ZeRO-3 each rank reads a file of its own, and only rank 0's has the state.
-            parts = data.exchange.broadcast(state.get("parts"))
+            parts = data.ranks.share(lambda: state.get("parts"))
             loop = checkpoint["loops"]["fit_loop"]
-            refit(loop, parts, data.training.parts, data.training.epoch)
+            refit(loop, parts, data.feed.parts, data.feed.epoch)
 
 
 def refuse_torn(checkpoint: dict[str, Any], name: str) -> None:

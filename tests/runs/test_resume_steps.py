@@ -34,7 +34,7 @@ class Recorder(L.Callback):
         self.logged[trainer.global_step] = loop._batches_that_stepped
         if batch.is_last:
             timings = ("time/", "sync/", "train/tokens_per_s")
-            self.figures[trainer.datamodule.training.batch_index] = {
+            self.figures[trainer.datamodule.feed.batch.index] = {
                 name: float(value)
                 for name, value in trainer.callback_metrics.items()
                 if not name.startswith(timings)

@@ -48,17 +48,17 @@ class SaveBatches(L.Callback):
     ) -> None:
         if not batch.is_last:
             return
-        training = trainer.datamodule.training
+        feed = trainer.datamodule.feed
         after = full_state(pl_module.policy.model)
         if trainer.is_global_zero:
             saved = {
-                "groups": [group.state_dict() for group in training.delivered],
+                "groups": [group.state_dict() for group in feed.batch.groups],
                 "policy_version": batch.policy_version,
                 "before": self.before,
                 "loss": float(trainer.callback_metrics["train/loss"]),
                 "after": {name: digest(tensor) for name, tensor in after.items()},
             }
-            torch.save(saved, self.directory / f"batch_{training.batch_index}.pt")
+            torch.save(saved, self.directory / f"batch_{feed.batch.index}.pt")
         self.before = None
 
 

@@ -48,8 +48,8 @@ class HoldingModule(CoprisModule):
     """Holds in the trainer: when it recomputes a batch's log-probs, or trains on it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        training = self.trainer.datamodule.training
-        if training is not None and training._undivided:  # a batch has been taken, not yet scored
+        feed = self.trainer.datamodule.feed
+        if feed is not None and feed.batch.is_undivided:  # a batch has been taken, not yet scored
             hold("scoring")
         return super().forward(*args, **kwargs)
 
