@@ -325,7 +325,6 @@ def _scheduler(
 
 async def _advance(buffer: CarryOverBuffer, version: int) -> None:
     assert not buffer.in_flight, "a sync between stages finds nothing in flight"
-    assert not buffer.in_flight, "a sync between stages finds nothing in flight"
     buffer.advance(version)
 
 
