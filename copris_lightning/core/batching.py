@@ -1,7 +1,9 @@
-"""From trajectories to padded micro-batches of near-equal cost, and back to per-token lists."""
+"""From trajectories to padded micro-batches: how they are cut, and the one place where their
+columns become tensors."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from copris_lightning.core.estimator.normalization import UpdateTotals
-from copris_lightning.core.trajectory import LogprobSource, Trajectory
+from copris_lightning.core.trajectory import LogprobSource, Source, Trajectory
 
 NO_TOTALS = UpdateTotals(trajectories=0, tokens=0, max_new_tokens=1)
 """Of a micro-batch that is not trained on."""
@@ -29,7 +31,8 @@ class MicroBatch:
         prompt_lengths: ``[B]``.
         response_lengths: ``[B]``.
         behavior_logprobs: ``[B, R]``, natural log, 0 at padding.
-        versions: ``[B, R]``, the policy version of each response token, 0 at padding.
+        versions: ``[B, R]``, the policy version of each response token, 0 where none wrote it.
+        written: ``[B, R]``, true at tokens that a policy wrote; false at observations and padding.
         advantages: ``[B]``.
         included: ``[B]``, false for trajectories that are left out of the loss.
         mismatch: ``[B, R]``, log of trainer over engine probability, 0 at padding; ``None`` where
@@ -50,6 +53,7 @@ class MicroBatch:
     response_lengths: Tensor
     behavior_logprobs: Tensor
     versions: Tensor
+    written: Tensor
     advantages: Tensor
     included: Tensor
     mismatch: Tensor | None = None
@@ -74,13 +78,18 @@ class MicroBatch:
 
     @property
     def response_mask(self) -> Tensor:
-        """True at response tokens, ``[B, R]``."""
+        """True at response tokens, observations included, ``[B, R]``."""
         return length_mask(self.response_lengths, self.behavior_logprobs.shape[1])
 
     @property
     def loss_mask(self) -> Tensor:
         """True at the response tokens that count, ``[B, R]``."""
-        return self.response_mask & self.included[:, None]
+        return self.written & self.included[:, None]
+
+    @property
+    def written_lengths(self) -> Tensor:
+        """Response tokens that a policy wrote, ``[B]``."""
+        return self.written.sum(dim=1)
 
     def rows(self, keep: Tensor) -> MicroBatch:
         """Only some of the trajectories.
@@ -108,6 +117,7 @@ class MicroBatch:
             response_lengths=one,
             behavior_logprobs=none,
             versions=none.long(),
+            written=none.bool(),
             advantages=none[0],
             included=one == 0,
             mismatch=None if self.mismatch is None else none,
@@ -124,8 +134,8 @@ class MicroBatch:
 
     @property
     def lags(self) -> Tensor:
-        """Trained version minus the token's version, ``[B, R]``; 0 at padding."""
-        return (self.policy_version - self.versions) * self.response_mask
+        """Trained version minus the token's version, ``[B, R]``; 0 where no policy wrote it."""
+        return (self.policy_version - self.versions) * self.written
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
@@ -158,24 +168,28 @@ def collate(
     if not trajectories:
         raise ValueError("a micro-batch needs at least one trajectory")
     for t in trajectories:
-        if not t.prompt_token_ids:
+        if not t.prompt:
             raise ValueError(f"prompt {t.prompt_id!r} has no tokens")
-    tokens = [[*t.prompt_token_ids, *t.response_token_ids] for t in trajectories]
-    width = max(1, *(t.response_length for t in trajectories))
-    behavior = [[] if source is None else t.behavior_logprobs(source) for t in trajectories]
+    prompts = torch.tensor([len(t.prompt) for t in trajectories])
+    responses = torch.tensor([t.response_length for t in trajectories])
+    mask = length_mask(responses, max(1, int(responses.max())))
+    behavior = torch.zeros(mask.shape) if source is None else _logprobs(trajectories, source, mask)
     mismatch = proximal = None
     if source == "trainer":
-        engine = _pad([t.behavior_logprobs("engine") for t in trajectories], torch.float64, width)
-        mismatch = (_pad(behavior, torch.float64, width) - engine).float()
-    if all(len(t.proximal_logprobs) == t.response_length for t in trajectories):
-        proximal = _pad([t.proximal_logprobs for t in trajectories], torch.float32, width)
+        mismatch = behavior - _logprobs(trajectories, "engine", mask)
+    if not any(t.missing("proximal") for t in trajectories):
+        proximal = _logprobs(trajectories, "proximal", mask)
+    lengths = prompts + responses
+    sequences = length_mask(lengths, int(lengths.max()))
+    versions, written = _labels(trajectories, mask)
     return MicroBatch(
-        input_ids=_pad(tokens, torch.long),
-        prompt_lengths=torch.tensor([len(t.prompt_token_ids) for t in trajectories]),
-        response_lengths=torch.tensor([t.response_length for t in trajectories]),
-        behavior_logprobs=_pad(behavior, torch.float32, width),
-        versions=_pad([t.versions for t in trajectories], torch.long, width),
-        advantages=torch.tensor([t.advantage or 0.0 for t in trajectories], dtype=torch.float32),
+        input_ids=_padded([t.sequence for t in trajectories], torch.int32, sequences).long(),
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        behavior_logprobs=behavior,
+        versions=versions,
+        written=written,
+        advantages=torch.tensor([t.credit.advantage if t.credit else 0.0 for t in trajectories]),
         included=torch.tensor([t.excluded is None for t in trajectories]),
         mismatch=mismatch,
         proximal_logprobs=proximal,
@@ -187,12 +201,33 @@ def collate(
     )
 
 
-def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, width: int | None = None) -> Tensor:
-    size = max(len(row) for row in rows) if width is None else width
-    padded = torch.zeros(len(rows), size, dtype=dtype)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row, dtype=dtype)
-    return padded
+def _logprobs(trajectories: Sequence[Trajectory], source: Source, mask: Tensor) -> Tensor:
+    return _padded([t.column(source) for t in trajectories], torch.float32, mask)
+
+
+def _labels(trajectories: Sequence[Trajectory], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens' versions (0 where none wrote them), and whether one did: ``[B, R]``."""
+    segments = [segment for t in trajectories for segment in t.segments]
+    lengths = torch.tensor([s.length for s in segments], dtype=torch.long)
+    versions = torch.tensor([s.version or 0 for s in segments], dtype=torch.long)
+    written = torch.tensor([s.version is not None for s in segments], dtype=torch.bool)
+    return (
+        _scattered(versions.repeat_interleave(lengths), mask),
+        _scattered(written.repeat_interleave(lengths), mask),
+    )
+
+
+def _padded(columns: Sequence[array[Any]], dtype: torch.dtype, mask: Tensor) -> Tensor:
+    """One column per row, where the mask is true; 0 elsewhere."""
+    flat = array(columns[0].typecode)
+    for column in columns:
+        flat.extend(column)
+    values = torch.frombuffer(flat, dtype=dtype) if flat else torch.empty(0, dtype=dtype)
+    return _scattered(values, mask)
+
+
+def _scattered(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def forward_cost(hidden_size: int) -> Callable[[int], float]:

@@ -43,7 +43,8 @@ from enum import StrEnum
 from heapq import heappop, heappush
 from typing import Any
 
-from copris_lightning.core.trajectory import FinishReason, PromptGroup, Trajectory
+from copris_lightning.core.outcome import FinishReason, Verdict
+from copris_lightning.core.trajectory import PromptGroup, Trajectory
 
 Key = tuple[int, int]
 """``(group_id, sample)``. Keys sort by age: groups are numbered in order of admission."""
@@ -239,7 +240,7 @@ class CarryOverBuffer:
     def finish(self, key: Key, reason: FinishReason) -> None:
         """The response is complete; its reward is awaited."""
         self._expect(key, Status.IN_FLIGHT)
-        self.trajectory(key).finish_reason = reason
+        self.trajectory(key).finish(reason)
         self._move(key, Status.FINISHED)
 
     def carry_over(self) -> list[Key]:
@@ -255,7 +256,7 @@ class CarryOverBuffer:
     def score(self, key: Key, reward: float) -> bool:
         """Set a finished trajectory's reward. Returns whether its group is now ready."""
         self._expect(key, Status.FINISHED)
-        self.trajectory(key).reward = reward
+        self.trajectory(key).judge(Verdict.of(reward))
         self._move(key, Status.SCORED)
         siblings = [(key[0], sample) for sample in range(self.group_size)]
         if any(self._status[sibling] is not Status.SCORED for sibling in siblings):
@@ -297,8 +298,8 @@ class CarryOverBuffer:
             raise ValueError(f"{len(ready)} groups are ready, a batch takes {self.batch_groups}")
         groups = [self._remove(group.group_id, Status.DELIVERED) for group in ready]
         if self.max_staleness is not None:
-            versions = (s.version for g in groups for t in g.trajectories for s in t.segments)
-            oldest = min(versions, default=self.version)
+            labels = (s.version for g in groups for t in g.trajectories for s in t.segments)
+            oldest = min((v for v in labels if v is not None), default=self.version)
             assert self.version - oldest <= self.max_staleness, "staleness bound broken"
         return groups
 
@@ -317,7 +318,7 @@ class CarryOverBuffer:
     # -- saving ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain values. What is in flight is saved as carried over."""
+        """Everything, as plain values and tensors. What is in flight is saved as carried over."""
         saved = {Status.IN_FLIGHT: Status.CARRIED_OVER}
         return {
             "version": self.version,

@@ -20,7 +20,7 @@ from copris_lightning.datamodules.prompts.stream import PromptStream
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
 from copris_lightning.errors import ConfigurationError
 
-LAYOUT = 2
+LAYOUT = 3
 """Of the rollout's state in a checkpoint; another one is refused."""
 
 
@@ -127,13 +127,11 @@ class Continuity:
             held = f"{len(begun)} responses that it holds"
             for name, value in self._sampling.items():
                 self._same(name, state["sampling"].get(name), value, held)
-        unscored = any(
-            len(s["trainer_logprobs"]) < len(s["token_ids"]) for r in begun for s in r["segments"]
-        )
+        unscored = any(len(r["logprobs"].get("trainer", ())) < len(r["tokens"]) for r in begun)
         was, now = state["behavior_logprobs"], self.settings.behavior_logprobs
         if unscored and was == "engine" and now == "trainer":
             self._same("behavior_logprobs", was, now, "responses begun under older weights")
-        scored = sum(row["reward"] is not None for row in rows)
+        scored = sum((row["outcome"] or {}).get("verdict") is not None for row in rows)
         if scored:
             held = f"{scored} responses of its groups"
             self._same("reward", state["reward"], self.reward, held)

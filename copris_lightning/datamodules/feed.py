@@ -360,7 +360,7 @@ class TrainingStream:
         if not self.delivered or self._undivided:
             return [[] for _ in range(self._shape.world_size)]
         rows = [t for group in self.delivered for t in group.trajectories]
-        if self._needs_proximal and not any(t.proximal_logprobs for t in rows):
+        if self._needs_proximal and any(t.missing("proximal") for t in rows):
             raise ConfigurationError(
                 "the checkpoint was taken within a batch whose proximal log-probs were not "
                 "computed; set model.init_args.ratio.init_args.proximal=loglinear for this "

@@ -406,8 +406,7 @@ class RolloutDataModule(L.LightningDataModule):
         groups = self.training.delivered if self.training is not None else []
         for trajectory in (group.trajectories[0] for group in groups[:count]):
             names.append(trajectory.prompt_id)
-            tokens = [*trajectory.prompt_token_ids, *trajectory.response_token_ids]
-            sequences.append(tokens[: self._probe_tokens])
+            sequences.append(trajectory.sequence[: self._probe_tokens].tolist())
         if not sequences:
             stream = next(iter(self._streams.values()))
             for queued in islice(stream, count):

@@ -34,7 +34,7 @@ def score_behavior(
         temperature: of the distribution sampled from.
         max_tokens: padded tokens per forward pass.
     """
-    new = [t for t in trajectories or () if t.unscored_tokens()]
+    new = [t for t in trajectories or () if t.missing("trainer")]
     scores = _forward(
         trainer,
         None if trajectories is None else new,
@@ -43,7 +43,7 @@ def score_behavior(
         max_tokens=max_tokens,
     )
     for trajectory, values in zip(new, scores, strict=True):
-        trajectory.set_trainer_logprobs(values)
+        trajectory.add_logprobs("trainer", values)
 
 
 def score_proximal(
@@ -62,7 +62,7 @@ def score_proximal(
         trainer, trajectories, exchange, temperature=temperature, max_tokens=max_tokens
     )
     for trajectory, values in zip(trajectories or (), scores, strict=True):
-        trajectory.proximal_logprobs = values
+        trajectory.add_logprobs("proximal", values)
 
 
 def _forward(

@@ -236,7 +236,7 @@ class CoprisModule(L.LightningModule):
     def policy_loss(self, batch: MicroBatch, terms: TokenTerms) -> tuple[Tensor, Estimate]:
         """A micro-batch's share of the optimizer step's loss, and its per-token parts."""
         estimate = self.estimator(terms)
-        weights = NORMALIZATIONS[self.normalization](batch.response_lengths, batch.totals)
+        weights = NORMALIZATIONS[self.normalization](batch.written_lengths, batch.totals)
         return (estimate.loss.sum(dim=1) * weights).sum(), estimate
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:
