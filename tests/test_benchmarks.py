@@ -1,9 +1,10 @@
-"""The staleness benchmark: its command lines are understood, and it reports what was logged."""
+"""The benchmarks: their command lines are understood, and they report what was measured."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -13,14 +14,18 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def staleness() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("staleness", ROOT / "benchmarks" / "staleness.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def staleness() -> ModuleType:
+    return load("staleness")
 
 
 def test_its_runs_are_command_lines_that_parse(
@@ -71,3 +76,17 @@ def test_it_reports_and_draws_what_the_runs_logged(
     assert "0.950 ± 0.071" in printed
     staleness.draw(arms, tmp_path / "figure.svg")
     assert "<svg" in (tmp_path / "figure.svg").read_text()
+
+
+def test_scoring_in_both_cuts_is_timed_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    load("scoring").main(["--hidden-size=64", "--layers=1", "--rounds=1"])
+    head, whole, cut = capsys.readouterr().out.splitlines()
+    assert head.startswith("64 rows of 4")
+    found = [
+        re.match(r"(.*): (\d+) passes, padded / real tokens ([\d.]+), [\d.]+ s", line)
+        for line in (whole, cut)
+    ]
+    (first, one, most), (second, some, least) = (match.groups() for match in found if match)
+    assert (first, second) == ("fewest passes", "cut by length")
+    assert int(one) == 1 < int(some)
+    assert float(least) < 1.25 < float(most)

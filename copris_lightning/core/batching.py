@@ -3,6 +3,7 @@ columns become tensors."""
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -283,19 +284,46 @@ def partition(lengths: Sequence[int], parts: int, cost: Callable[[int], float]) 
     return [order[a:b] for a, b in pairwise(bounds)]
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split sequences into as few padded micro-batches as hold at most ``max_tokens`` each.
+PASS_TOKENS = 256
+"""What a forward pass costs before its first token, in tokens."""
+
+
+def cut_by_length(
+    lengths: Sequence[int], max_tokens: int, pass_tokens: int = PASS_TOKENS
+) -> list[list[int]]:
+    """Split sequences into the padded forward passes that cost least together.
+
+    A pass costs its rows times its longest row, padding included, plus ``pass_tokens``. The best
+    passes are consecutive runs of the sequences sorted by length, and among all such cuts this is
+    the cheapest. So few sequences of like lengths stay together, and where lengths differ much,
+    no cut in two would save more padding than a pass costs.
 
     Args:
-        lengths: tokens of each sequence.
-        max_tokens: rows times longest row, padding included; a longer sequence stands alone.
+        lengths: tokens of each sequence, > 0.
+        max_tokens: rows times longest row of a pass; a longer sequence stands alone.
+        pass_tokens: the fixed cost of a pass.
 
     Returns:
-        lists of indices into ``lengths``; every index occurs once.
+        lists of indices into ``lengths``, longest first; every index occurs once.
     """
     order = _longest_first(lengths)
-    bounds = [*_cut([lengths[i] for i in order], max_tokens), len(order)]
-    return [order[a:b] for a, b in pairwise(bounds)]
+    # cheapest[i]: of the passes over the first i sequences; starts[i]: where the last one begins.
+    cheapest, starts = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        best, start = math.inf, end - 1
+        for first in range(end - 1, -1, -1):
+            tokens = (end - first) * lengths[order[first]]
+            if tokens > max_tokens and first < end - 1:
+                break  # and so would be every run that begins earlier: its rows are longer
+            if cheapest[first] + tokens < best:
+                best, start = cheapest[first] + tokens, first
+        cheapest.append(best + pass_tokens)
+        starts.append(start)
+    runs, end = [], len(order)
+    while end:
+        runs.append(order[starts[end] : end])
+        end = starts[end]
+    return runs[::-1]
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

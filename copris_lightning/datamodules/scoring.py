@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import lightning as L
 
-from copris_lightning.core.batching import collate, split_by_tokens
+from copris_lightning.core.batching import collate, cut_by_length
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.divide import sequence_length
 from copris_lightning.datamodules.ranks import Exchange
@@ -74,7 +74,7 @@ def _forward(
     max_tokens: int,
 ) -> list[list[float]]:
     """The trainer's log-probs of each response, on rank 0; the others help and get nothing."""
-    runs = split_by_tokens([sequence_length(t) for t in rows or ()], max_tokens)
+    runs = cut_by_length([sequence_length(t) for t in rows or ()], max_tokens)
     shares = None
     if rows is not None:
         batches = [
