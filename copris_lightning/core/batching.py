@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from copris_lightning.core.columns import Source
 from copris_lightning.core.estimator.normalization import UpdateTotals
-from copris_lightning.core.trajectory import LogprobSource, Source, Trajectory
+from copris_lightning.core.trajectory import LogprobSource, Trajectory
 
 NO_TOTALS = UpdateTotals(trajectories=0, tokens=0, max_new_tokens=1)
 """Of a micro-batch that is not trained on."""

@@ -1,33 +1,18 @@
-"""The record of what was generated: trajectories in columns, and the groups they belong to.
-
-A trajectory holds one array per kind of value and four bytes per value, whatever asks for them:
-its tokens, and log-probs by who computed them. Labels are runs, not values per token.
-"""
+"""The record of what was generated: trajectories in columns, and the groups they belong to."""
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
+from copris_lightning.core.columns import WHOSE, Source, not_finite, tensor_of
 from copris_lightning.core.outcome import Credit, Excluded, FinishReason, Outcome, Verdict
 from copris_lightning.core.segments import Segment, Span, between, label, last_version
 
 LogprobSource = Literal["trainer", "engine"]
 """Whose log-probs may be the behaviour's."""
-Source = Literal["engine", "trainer", "proximal"]
-"""Whose log-probs a trajectory may hold: the engine's that sampled the tokens, the trainer's under
-the weights that made them, and those under the version that training starts from."""
-_WHOSE: dict[Source, str] = {
-    "engine": "the engine's",
-    "trainer": "the trainer's",
-    "proximal": "the proximal policy's",
-}
 
 
 @dataclass(slots=True)
@@ -230,7 +215,7 @@ class Trajectory:
         if self.missing(source):
             raise ValueError(
                 f"{self.name}: {self.missing(source)} of {len(self.tokens)} tokens have none of "
-                f"{_WHOSE[source]} log-probs"
+                f"{WHOSE[source]} log-probs"
             )
         return self.logprobs.get(source, array("f"))
 
@@ -257,12 +242,11 @@ class Trajectory:
         finite number. ``None`` if all is well."""
         if self.verdict is not None and self.verdict.fault is not None:
             return self.verdict.fault
-        for source, whose in _WHOSE.items():
+        for source, whose in WHOSE.items():
             column = self.logprobs.get(source, array("f"))
-            if not math.isfinite(sum(column)):  # floats of 4 bytes add up to a finite one of 8
-                values = enumerate(column)
-                position, value = next((i, v) for i, v in values if not math.isfinite(v))
-                return f"{whose} log-prob of token {position} is {value}"
+            position = not_finite(column)
+            if position is not None:
+                return f"{whose} log-prob of token {position} is {column[position]}"
         return None
 
     # -- saving ----------------------------------------------------------------------------
@@ -273,11 +257,11 @@ class Trajectory:
             "group_id": self.group_id,
             "sample": self.sample,
             "prompt_id": self.prompt_id,
-            "prompt": _tensor(array("i", self.prompt)),
+            "prompt": tensor_of(array("i", self.prompt)),
             "max_new_tokens": self.max_new_tokens,
-            "tokens": _tensor(self.tokens),
+            "tokens": tensor_of(self.tokens),
             "segments": [[s.length, s.version, s.kv_version] for s in self.segments],
-            "logprobs": {source: _tensor(column) for source, column in self.logprobs.items()},
+            "logprobs": {source: tensor_of(column) for source, column in self.logprobs.items()},
             "outcome": self.outcome and asdict(self.outcome),
             "credit": self.credit and asdict(self.credit),
         }
@@ -285,24 +269,17 @@ class Trajectory:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Trajectory:
         """Rebuild a trajectory from :meth:`state_dict`."""
-        outcome, credit = state["outcome"], state["credit"]
-        verdict = outcome and outcome["verdict"]
-        excluded = credit and credit["excluded"]
-        columns = {source: array("f", v.tolist()) for source, v in state["logprobs"].items()}
         return cls(
             **{
                 **state,
                 "prompt": tuple(state["prompt"].tolist()),
                 "tokens": array("i", state["tokens"].tolist()),
                 "segments": [Segment(*segment) for segment in state["segments"]],
-                "logprobs": columns,
-                "outcome": outcome
-                and Outcome(outcome["finish_reason"], verdict and Verdict(**verdict)),
-                "credit": credit and Credit(credit["advantage"], excluded and Excluded(**excluded)),
+                "logprobs": {s: array("f", v.tolist()) for s, v in state["logprobs"].items()},
+                "outcome": state["outcome"] and Outcome.from_state(state["outcome"]),
+                "credit": state["credit"] and Credit.from_state(state["credit"]),
             }
         )
-
-    # -- inside ----------------------------------------------------------------------------
 
     @property
     def _written(self) -> Iterator[Segment]:
@@ -325,12 +302,6 @@ class Trajectory:
                 f"{self.name}: tokens of version {version} attended to keys and values of "
                 f"version {kv_version}"
             )
-
-
-def _tensor(column: array[Any]) -> Tensor:
-    """A copy of a column: ``"i"`` as int32, ``"f"`` as float32."""
-    dtype = torch.int32 if column.typecode == "i" else torch.float32
-    return torch.frombuffer(column, dtype=dtype).clone() if column else torch.empty(0, dtype=dtype)
 
 
 @dataclass(slots=True)
