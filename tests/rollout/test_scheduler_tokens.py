@@ -59,7 +59,7 @@ def test_kept_tokens_are_exactly_the_emitted_ones(rollout):
     run.stages(40)
     delivered = [t for group in run.groups for t in group.trajectories]
     kept = {
-        run.seed_of((t.group_id, t.sample)): t.tokens
+        run.seed_of((t.group_id, t.sample)): t.tokens.tolist()
         for t in [*delivered, *run.buffer.trajectories()]
         if t.response_length
     }
