@@ -155,7 +155,7 @@ def bytes_per_token(trajectories: int, length: int) -> float:
         assert started is not None
         for i in range(length):
             buffer.append((index, 0), [VOCAB - i], [-i / 7], 0)
-        started.set_trainer_logprobs([-i / 3 for i in range(length)])
+        started.add_logprobs("trainer", [-i / 3 for i in range(length)])
     gc.collect()
     held, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()

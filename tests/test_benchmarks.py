@@ -1,4 +1,4 @@
-"""The benchmarks: their command lines are understood, and they report what was seen."""
+"""The benchmarks: their command lines are understood, and they report what was measured."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def benchmark(name: str) -> ModuleType:
+def load(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -25,7 +25,7 @@ def benchmark(name: str) -> ModuleType:
 
 @pytest.fixture
 def staleness() -> ModuleType:
-    return benchmark("staleness")
+    return load("staleness")
 
 
 def test_its_runs_are_command_lines_that_parse(
@@ -83,7 +83,7 @@ def test_the_schedulers_benchmark_prints_a_line_for_each_number_in_flight(
 ) -> None:
     arguments = ["--in-flight", "100", "1000", "--chunks", "4000", "--turns", "2", "--held", "2000"]
     monkeypatch.setattr("sys.argv", ["scheduler.py", *arguments])
-    benchmark("scheduler").main()
+    load("scheduler").main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert re.fullmatch(r"100 in flight: -?\d+\.\d us per chunk", lines[0])
@@ -91,3 +91,17 @@ def test_the_schedulers_benchmark_prints_a_line_for_each_number_in_flight(
     held = re.fullmatch(r"(\d+\.\d) bytes per token held", lines[2])
     assert held is not None
     assert 8 <= float(held[1]) < 200
+
+
+def test_scoring_in_both_cuts_is_timed_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    load("scoring").main(["--hidden-size=64", "--layers=1", "--rounds=1"])
+    head, whole, cut = capsys.readouterr().out.splitlines()
+    assert head.startswith("64 rows of 4")
+    found = [
+        re.match(r"(.*): (\d+) passes, padded / real tokens ([\d.]+), [\d.]+ s", line)
+        for line in (whole, cut)
+    ]
+    (first, one, most), (second, some, least) = (match.groups() for match in found if match)
+    assert (first, second) == ("fewest passes", "cut by length")
+    assert int(one) == 1 < int(some)
+    assert float(least) < 1.25 < float(most)

@@ -118,19 +118,20 @@ def test_each_segment_bears_the_logprobs_of_the_very_weights_of_its_version(
     mixed = 0
     other_version = 0.0
     for trajectory in rows:
-        tokens = [*trajectory.prompt_token_ids, *trajectory.response_token_ids]
-        start = len(trajectory.prompt_token_ids)
-        mixed += trajectory.is_mixed
+        tokens = trajectory.sequence.tolist()
+        columns = {s: torch.tensor(c) for s, c in trajectory.logprobs.items()}
+        start = prompt = len(trajectory.prompt)
+        mixed += len(trajectory.segments) > 1
         for segment in trajectory.segments:
             ours = reference_logprobs(models[segment.version], tokens, start, 0.8)
-            ours = ours[: len(segment)]
-            assert (ours - torch.tensor(segment.logprobs)).abs().max() < 1e-4
-            assert (ours - torch.tensor(segment.trainer_logprobs)).abs().max() < 1e-5
+            ours = ours[: segment.length]
+            place = slice(start - prompt, start - prompt + segment.length)
+            assert (ours - columns["engine"][place]).abs().max() < 1e-4
+            assert (ours - columns["trainer"][place]).abs().max() < 1e-5
             others = reference_logprobs(models[(segment.version + 3) % 6], tokens, start, 0.8)
-            difference = (others[: len(segment)] - torch.tensor(segment.logprobs)).abs().max()
+            difference = (others[: segment.length] - columns["engine"][place]).abs().max()
             other_version = max(other_version, float(difference))
-            tokens_before = start
-            start = tokens_before + len(segment)
+            start += segment.length
     assert mixed
     # Had the versions been mixed up, it would show.
     assert other_version > 1e-2

@@ -6,22 +6,26 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import lightning as L
 
 from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.outcome import Excluded
 from copris_lightning.directories import check_writable
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.runs.directory import directory_of, is_resumed, on_rank_zero, place_of, record
 from copris_lightning.trainer_parts import datamodule, is_dry_run
 
+_NOT_FINITE = Excluded("the policy's log-probs in training are not finite")
+
 
 class TrajectoryLedger(L.Callback):
     """Writes ``ledger/batch_000012.jsonl`` per batch, and ``predictions.jsonl`` in ``predict``.
 
-    A line holds the batch's number, prompt id, sample, segments (version and tokens of each),
+    A line holds the batch's number, prompt id, sample, segments (versions of each and its tokens),
     finish reason, lengths, reward, advantage and the response's text; ``excluded`` says why if it
     was left out of the loss (truncated, or quarantined for something not finite). A file appears
     whole, after the batch was trained on. A run that goes on from a checkpoint sets the files of
@@ -118,7 +122,7 @@ class TrajectoryLedger(L.Callback):
         names = {name for share in shares for name in share}
         for trajectory in data.feed.batch.rows:
             if trajectory.name in names:
-                trajectory.excluded = "the policy's log-probs in training are not finite"
+                trajectory.credit = replace(trajectory.credit, excluded=_NOT_FINITE)
         index = data.feed.batch.index
         records = (
             {"batch": index, **data.session.record(trajectory)}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from copris_lightning.core.batching import MicroBatch, collate
-from copris_lightning.core.trajectory import Segment, Trajectory
+from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.rollout import RolloutDataModule
 from copris_lightning.errors import ConfigurationError, ParityError
 from copris_lightning.policy.randomness import (
@@ -239,6 +239,6 @@ def _as_batch(sequences: Sequence[Sequence[int]]) -> MicroBatch:
     """Whole sequences as responses to their first token, under the model's own distribution."""
     rows = []
     for i, tokens in enumerate(sequences):
-        segment = Segment(0, list(tokens[1:]), [0.0] * (len(tokens) - 1))
-        rows.append(Trajectory(0, i, "probe", (tokens[0],), len(tokens), [segment]))
+        rows.append(Trajectory(0, i, "probe", (tokens[0],), len(tokens)))
+        rows[-1].observe(tokens[1:])
     return collate(rows, source=None)

@@ -1,7 +1,10 @@
-"""From trajectories to padded micro-batches of near-equal cost, and back to per-token lists."""
+"""From trajectories to padded micro-batches: how they are cut, and the one place where their
+columns become tensors."""
 
 from __future__ import annotations
 
+import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from copris_lightning.core.columns import Source
 from copris_lightning.core.estimator.normalization import UpdateTotals
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import LogprobSource, Trajectory
@@ -30,7 +34,8 @@ class MicroBatch:
         prompt_lengths: ``[B]``.
         response_lengths: ``[B]``.
         behavior_logprobs: ``[B, R]``, natural log, 0 at padding.
-        versions: ``[B, R]``, the policy version of each response token, 0 at padding.
+        versions: ``[B, R]``, the policy version of each response token, 0 where none wrote it.
+        written: ``[B, R]``, true at tokens that a policy wrote; false at observations and padding.
         advantages: ``[B]``.
         included: ``[B]``, false for trajectories that are left out of the loss.
         mismatch: ``[B, R]``, log of trainer over engine probability, 0 at padding; ``None`` where
@@ -51,6 +56,7 @@ class MicroBatch:
     response_lengths: Tensor
     behavior_logprobs: Tensor
     versions: Tensor
+    written: Tensor
     advantages: Tensor
     included: Tensor
     mismatch: Tensor | None = None
@@ -75,13 +81,18 @@ class MicroBatch:
 
     @property
     def response_mask(self) -> Tensor:
-        """True at response tokens, ``[B, R]``."""
+        """True at response tokens, observations included, ``[B, R]``."""
         return length_mask(self.response_lengths, self.behavior_logprobs.shape[1])
 
     @property
     def loss_mask(self) -> Tensor:
         """True at the response tokens that count, ``[B, R]``."""
-        return self.response_mask & self.included[:, None]
+        return self.written & self.included[:, None]
+
+    @property
+    def written_lengths(self) -> Tensor:
+        """Response tokens that a policy wrote, ``[B]``."""
+        return self.written.sum(dim=1)
 
     def to(self, device: Any, **options: Any) -> MicroBatch:
         """On another device; the options are those of :meth:`torch.Tensor.to`.
@@ -123,6 +134,7 @@ class MicroBatch:
             response_lengths=one,
             behavior_logprobs=none,
             versions=none.long(),
+            written=none.bool(),
             advantages=none[0],
             included=one == 0,
             mismatch=None if self.mismatch is None else none,
@@ -139,8 +151,8 @@ class MicroBatch:
 
     @property
     def lags(self) -> Tensor:
-        """Trained version minus the token's version, ``[B, R]``; 0 at padding."""
-        return (self.policy_version - self.versions) * self.response_mask
+        """Trained version minus the token's version, ``[B, R]``; 0 where no policy wrote it."""
+        return (self.policy_version - self.versions) * self.written
 
 
 def length_mask(lengths: Tensor, size: int) -> Tensor:
@@ -173,24 +185,28 @@ def collate(
     if not trajectories:
         raise ValueError("a micro-batch needs at least one trajectory")
     for t in trajectories:
-        if not t.prompt_token_ids:
+        if not t.prompt:
             raise ValueError(f"prompt {t.prompt_id!r} has no tokens")
-    tokens = [[*t.prompt_token_ids, *t.response_token_ids] for t in trajectories]
-    width = max(1, *(t.response_length for t in trajectories))
-    behavior = [[] if source is None else t.behavior_logprobs(source) for t in trajectories]
+    prompts = torch.tensor([len(t.prompt) for t in trajectories])
+    responses = torch.tensor([t.response_length for t in trajectories])
+    mask = length_mask(responses, max(1, int(responses.max())))
+    behavior = torch.zeros(mask.shape) if source is None else _logprobs(trajectories, source, mask)
     mismatch = proximal = None
     if source == "trainer":
-        engine = _pad([t.behavior_logprobs("engine") for t in trajectories], torch.float64, width)
-        mismatch = (_pad(behavior, torch.float64, width) - engine).float()
-    if all(len(t.proximal_logprobs) == t.response_length for t in trajectories):
-        proximal = _pad([t.proximal_logprobs for t in trajectories], torch.float32, width)
+        mismatch = behavior - _logprobs(trajectories, "engine", mask)
+    if not any(t.missing("proximal") for t in trajectories):
+        proximal = _logprobs(trajectories, "proximal", mask)
+    lengths = prompts + responses
+    sequences = length_mask(lengths, int(lengths.max()))
+    versions, written = _labels(trajectories, mask)
     return MicroBatch(
-        input_ids=_pad(tokens, torch.long),
-        prompt_lengths=torch.tensor([len(t.prompt_token_ids) for t in trajectories]),
-        response_lengths=torch.tensor([t.response_length for t in trajectories]),
-        behavior_logprobs=_pad(behavior, torch.float32, width),
-        versions=_pad([t.versions for t in trajectories], torch.long, width),
-        advantages=torch.tensor([t.advantage or 0.0 for t in trajectories], dtype=torch.float32),
+        input_ids=_padded([t.sequence for t in trajectories], torch.int32, sequences).long(),
+        prompt_lengths=prompts,
+        response_lengths=responses,
+        behavior_logprobs=behavior,
+        versions=versions,
+        written=written,
+        advantages=torch.tensor([t.credit.advantage if t.credit else 0.0 for t in trajectories]),
         included=torch.tensor([t.excluded is None for t in trajectories]),
         mismatch=mismatch,
         proximal_logprobs=proximal,
@@ -202,12 +218,33 @@ def collate(
     )
 
 
-def _pad(rows: Sequence[Sequence[float]], dtype: torch.dtype, width: int | None = None) -> Tensor:
-    size = max(len(row) for row in rows) if width is None else width
-    padded = torch.zeros(len(rows), size, dtype=dtype)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.tensor(row, dtype=dtype)
-    return padded
+def _logprobs(trajectories: Sequence[Trajectory], source: Source, mask: Tensor) -> Tensor:
+    return _padded([t.column(source) for t in trajectories], torch.float32, mask)
+
+
+def _labels(trajectories: Sequence[Trajectory], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens' versions (0 where none wrote them), and whether one did: ``[B, R]``."""
+    segments = [segment for t in trajectories for segment in t.segments]
+    lengths = torch.tensor([s.length for s in segments], dtype=torch.long)
+    versions = torch.tensor([s.version or 0 for s in segments], dtype=torch.long)
+    written = torch.tensor([s.version is not None for s in segments], dtype=torch.bool)
+    return (
+        _scattered(versions.repeat_interleave(lengths), mask),
+        _scattered(written.repeat_interleave(lengths), mask),
+    )
+
+
+def _padded(columns: Sequence[array[Any]], dtype: torch.dtype, mask: Tensor) -> Tensor:
+    """One column per row, where the mask is true; 0 elsewhere."""
+    flat = array(columns[0].typecode)
+    for column in columns:
+        flat.extend(column)
+    values = torch.frombuffer(flat, dtype=dtype) if flat else torch.empty(0, dtype=dtype)
+    return _scattered(values, mask)
+
+
+def _scattered(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def forward_cost(hidden_size: int) -> Callable[[int], float]:
@@ -263,19 +300,46 @@ def partition(lengths: Sequence[int], parts: int, cost: Callable[[int], float]) 
     return [order[a:b] for a, b in pairwise(bounds)]
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split sequences into as few padded micro-batches as hold at most ``max_tokens`` each.
+PASS_TOKENS = 256
+"""What a forward pass costs before its first token, in tokens."""
+
+
+def cut_by_length(
+    lengths: Sequence[int], max_tokens: int, pass_tokens: int = PASS_TOKENS
+) -> list[list[int]]:
+    """Split sequences into the padded forward passes that cost least together.
+
+    A pass costs its rows times its longest row, padding included, plus ``pass_tokens``. The best
+    passes are consecutive runs of the sequences sorted by length, and among all such cuts this is
+    the cheapest. So few sequences of like lengths stay together, and where lengths differ much,
+    no cut in two would save more padding than a pass costs.
 
     Args:
-        lengths: tokens of each sequence.
-        max_tokens: rows times longest row, padding included; a longer sequence stands alone.
+        lengths: tokens of each sequence, > 0.
+        max_tokens: rows times longest row of a pass; a longer sequence stands alone.
+        pass_tokens: the fixed cost of a pass.
 
     Returns:
-        lists of indices into ``lengths``; every index occurs once.
+        lists of indices into ``lengths``, longest first; every index occurs once.
     """
     order = _longest_first(lengths)
-    bounds = [*_cut([lengths[i] for i in order], max_tokens), len(order)]
-    return [order[a:b] for a, b in pairwise(bounds)]
+    # cheapest[i]: of the passes over the first i sequences; starts[i]: where the last one begins.
+    cheapest, starts = [0.0], [0]
+    for end in range(1, len(order) + 1):
+        best, start = math.inf, end - 1
+        for first in range(end - 1, -1, -1):
+            tokens = (end - first) * lengths[order[first]]
+            if tokens > max_tokens and first < end - 1:
+                break  # and so would be every run that begins earlier: its rows are longer
+            if cheapest[first] + tokens < best:
+                best, start = cheapest[first] + tokens, first
+        cheapest.append(best + pass_tokens)
+        starts.append(start)
+    runs, end = [], len(order)
+    while end:
+        runs.append(order[starts[end] : end])
+        end = starts[end]
+    return runs[::-1]
 
 
 def _longest_first(lengths: Sequence[int]) -> list[int]:

@@ -50,7 +50,8 @@ from typing import Any
 
 from copris_lightning.core.contents import Contents, Key, Status
 from copris_lightning.core.freshness import Freshness, needed_staleness
-from copris_lightning.core.trajectory import FinishReason, PromptGroup, Trajectory
+from copris_lightning.core.outcome import FinishReason, Verdict
+from copris_lightning.core.trajectory import PromptGroup, Trajectory
 
 __all__ = ["CarryOverBuffer", "Key", "Status"]
 
@@ -220,7 +221,7 @@ class CarryOverBuffer:
     def finish(self, key: Key, reason: FinishReason) -> None:
         """The response is complete; its reward is awaited."""
         self._expect(key, Status.IN_FLIGHT)
-        self.trajectory(key).finish_reason = reason
+        self.trajectory(key).finish(reason)
         self._contents.move(key, Status.FINISHED)
 
     def yield_place(self, key: Key) -> None:
@@ -240,7 +241,7 @@ class CarryOverBuffer:
     def score(self, key: Key, reward: float) -> bool:
         """Set a finished trajectory's reward. Returns whether its group is now ready."""
         self._expect(key, Status.FINISHED)
-        self.trajectory(key).reward = reward
+        self.trajectory(key).judge(Verdict.of(reward))
         if not self._contents.score(key):
             return False
         self._contents.move_group(key[0], Status.READY)
@@ -295,7 +296,8 @@ class CarryOverBuffer:
     # -- saving ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values. What is in flight is saved as carried over, of taken groups the ids only.
+        """Plain values and tensors. What is in flight is saved as carried over, of taken groups the
+        ids only.
 
         The batch is for whoever took it to save.
         """

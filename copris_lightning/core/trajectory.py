@@ -1,38 +1,18 @@
-"""The values that flow through a rollout: segments, trajectories and prompt groups."""
+"""The record of what was generated: trajectories in columns, and the groups they belong to."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-FinishReason = Literal["stop", "length"]
+from copris_lightning.core.columns import WHOSE, Source, not_finite, tensor_of
+from copris_lightning.core.outcome import Credit, Excluded, FinishReason, Outcome, Verdict
+from copris_lightning.core.segments import Segment, Span, between, label, last_version
+
 LogprobSource = Literal["trainer", "engine"]
-TRUNCATED = "truncated"
-"""Why a trajectory is excluded that hit the limit, where such are not trained on."""
-
-
-@dataclass(slots=True)
-class Segment:
-    """A run of consecutive response tokens made under one policy version.
-
-    Attributes:
-        version: the policy version that produced every token of the segment.
-        token_ids: the tokens, in order.
-        logprobs: natural-log probabilities of the distribution that the engine sampled
-            from, one per token; none if nobody asked for them (an evaluation).
-        trainer_logprobs: the same quantity recomputed by the trainer under the weights of
-            ``version``; covers a prefix of the tokens, all of them once scored.
-    """
-
-    version: int
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    trainer_logprobs: list[float] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.token_ids)
+"""Whose log-probs may be the behaviour's."""
 
 
 @dataclass(slots=True)
@@ -43,175 +23,285 @@ class Trajectory:
         group_id: the group (one prompt) that it belongs to.
         sample: index within the group, ``0 <= sample < G``.
         prompt_id: the user's name for the prompt.
-        prompt_token_ids: the prompt as sent to the engine.
+        prompt: its tokens as sent to the engine.
         max_new_tokens: limit on the response length over all resumes, in tokens.
-        segments: the response so far, versions non-decreasing.
-        finish_reason: ``"stop"`` (a stop token) or ``"length"`` (the limit); ``None`` before.
-        reward: set once scored; NaN if the reward gave no number.
-        advantage: set once its group is delivered to training.
-        proximal_logprobs: of every response token under the version being trained; empty unless
-            the estimator asks for them.
-        excluded: why it is left out of the loss: ``"truncated"``, or what was not finite
-            (it is quarantined then); ``None`` if it is trained on.
+        tokens: the response so far, int32.
+        segments: the labels of the tokens, in order; neighbours differ, versions never fall.
+        logprobs: by source, natural log (after temperature), float32, one per token; only the
+            trainer's may cover a prefix, until it scores the rest. A source that nobody asked for
+            is absent. An observation's are placeholders.
+        outcome: ``None`` before it is finished.
+        credit: ``None`` before its group is trained on.
     """
 
     group_id: int
     sample: int
     prompt_id: str
-    prompt_token_ids: tuple[int, ...]
+    prompt: tuple[int, ...]
     max_new_tokens: int
+    tokens: array[int] = field(default_factory=lambda: array("i"))
     segments: list[Segment] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    reward: float | None = None
-    advantage: float | None = None
-    proximal_logprobs: list[float] = field(default_factory=list)
-    excluded: str | None = None
-
-    @property
-    def is_quarantined(self) -> bool:
-        """Whether something about it is not finite, so that nothing of it may be used."""
-        return self.excluded not in (None, TRUNCATED)
-
-    @property
-    def response_length(self) -> int:
-        """Response tokens so far, over all segments."""
-        return sum(len(segment) for segment in self.segments)
-
-    @property
-    def remaining_tokens(self) -> int:
-        """Response tokens that may still be generated."""
-        return self.max_new_tokens - self.response_length
-
-    @property
-    def response_token_ids(self) -> list[int]:
-        """The response so far, segments concatenated."""
-        return [token for segment in self.segments for token in segment.token_ids]
-
-    @property
-    def versions(self) -> list[int]:
-        """The policy version of each response token."""
-        return [segment.version for segment in self.segments for _ in range(len(segment))]
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether more than one policy version wrote the response."""
-        return len(self.segments) > 1
-
-    def append(
-        self, token_ids: Sequence[int], logprobs: Sequence[float] | None, version: int
-    ) -> None:
-        """Append a chunk of response tokens made under ``version``; an empty chunk is a no-op.
-
-        Args:
-            token_ids: the tokens, in order.
-            logprobs: one per token; ``None`` where nobody asked for any, in which case no chunk
-                of the trajectory has them.
-            version: the policy version that made them.
-
-        Raises:
-            ValueError: unequal numbers of tokens and log-probs, a version older than the last
-                segment's, more tokens than the limit allows, or a finished trajectory.
-        """
-        if logprobs is not None and len(token_ids) != len(logprobs):
-            raise ValueError(
-                f"{self.name}: {len(token_ids)} tokens came with {len(logprobs)} log-probs"
-            )
-        if not token_ids:
-            return
-        if self.segments and (logprobs is None) != (not self.segments[-1].logprobs):
-            raise ValueError(f"{self.name}: log-probs came with some of its chunks only")
-        if self.finish_reason is not None:
-            raise ValueError(f"{self.name} is finished ({self.finish_reason}); cannot append")
-        if len(token_ids) > self.remaining_tokens:
-            raise ValueError(
-                f"{self.name}: {self.response_length} + {len(token_ids)} tokens exceed the "
-                f"limit of {self.max_new_tokens}"
-            )
-        if self.segments and version < self.segments[-1].version:
-            raise ValueError(
-                f"{self.name}: version {version} follows version {self.segments[-1].version}"
-            )
-        if not self.segments or self.segments[-1].version != version:
-            self.segments.append(Segment(version))
-        self.segments[-1].token_ids.extend(token_ids)
-        self.segments[-1].logprobs.extend(logprobs or ())
-
-    def unscored_tokens(self) -> int:
-        """Response tokens whose log-probs the trainer has not recomputed yet."""
-        return sum(len(s) - len(s.trainer_logprobs) for s in self.segments)
-
-    def set_trainer_logprobs(self, logprobs: Sequence[float]) -> None:
-        """Store the trainer's log-probs of all tokens not scored yet (the response's tail).
-
-        Args:
-            logprobs: one value per response token ``[response_length]``; those of tokens that
-                are scored already are ignored, since the weights that made them are gone.
-
-        Raises:
-            ValueError: the number of values is not the response length.
-        """
-        if len(logprobs) != self.response_length:
-            raise ValueError(
-                f"{self.name}: {len(logprobs)} log-probs for {self.response_length} tokens"
-            )
-        start = 0
-        for segment in self.segments:
-            scored = len(segment.trainer_logprobs)
-            segment.trainer_logprobs.extend(logprobs[start + scored : start + len(segment)])
-            start += len(segment)
-
-    def behavior_logprobs(self, source: LogprobSource) -> list[float]:
-        """The segments' log-probs concatenated: the denominator of the importance ratio.
-
-        Args:
-            source: ``"engine"`` for those it sampled with, ``"trainer"`` for the recomputed.
-
-        Raises:
-            ValueError: some tokens have no log-prob of that source.
-        """
-        if source == "engine":
-            values = [value for segment in self.segments for value in segment.logprobs]
-            if len(values) != self.response_length:
-                raise ValueError(f"{self.name}: the engine was not asked for log-probs")
-            return values
-        if self.unscored_tokens():
-            raise ValueError(f"{self.name}: {self.unscored_tokens()} tokens are not scored")
-        return [value for segment in self.segments for value in segment.trainer_logprobs]
-
-    def not_finite(self) -> str | None:
-        """What of the trajectory is not a finite number, in words; ``None`` if all is."""
-        if self.reward is not None and not math.isfinite(self.reward):
-            return f"its reward is {self.reward}"
-        for name, values in (
-            ("the engine's", [v for s in self.segments for v in s.logprobs]),
-            ("the trainer's", [v for s in self.segments for v in s.trainer_logprobs]),
-            ("the proximal policy's", self.proximal_logprobs),
-        ):
-            for position, value in enumerate(values):
-                if not math.isfinite(value):
-                    return f"{name} log-prob of token {position} is {value}"
-        return None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values only; the inverse of :meth:`from_state`."""
-        return asdict(self)
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Trajectory:
-        """Rebuild a trajectory from :meth:`state_dict`."""
-        segments = [
-            Segment(
-                s["version"], *(list(s[k]) for k in ("token_ids", "logprobs", "trainer_logprobs"))
-            )
-            for s in state["segments"]
-        ]
-        prompt = tuple(state["prompt_token_ids"])
-        return cls(**{**state, "segments": segments, "prompt_token_ids": prompt})
+    logprobs: dict[Source, array[float]] = field(default_factory=dict)
+    outcome: Outcome | None = None
+    credit: Credit | None = None
 
     @property
     def name(self) -> str:
         """What to call it in messages."""
         return f"trajectory {self.sample} of prompt {self.prompt_id!r} (group {self.group_id})"
+
+    @property
+    def sequence(self) -> array[int]:
+        """Prompt and response, a copy."""
+        return array("i", self.prompt) + self.tokens
+
+    @property
+    def response_length(self) -> int:
+        """Response tokens so far, observations included."""
+        return len(self.tokens)
+
+    @property
+    def written_tokens(self) -> int:
+        """Response tokens that a policy wrote."""
+        return sum(segment.length for segment in self._written)
+
+    @property
+    def remaining_tokens(self) -> int:
+        """By how many tokens the response may still grow."""
+        return self.max_new_tokens - len(self.tokens)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """``None`` before it is finished."""
+        return None if self.outcome is None else self.outcome.finish_reason
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """``None`` before it is scored."""
+        return None if self.outcome is None else self.outcome.verdict
+
+    @property
+    def reward(self) -> float | None:
+        """``None`` before it is scored, and where scoring it failed."""
+        return None if self.verdict is None else self.verdict.reward
+
+    @property
+    def excluded(self) -> Excluded | None:
+        """Why it is left out of the loss; ``None`` if it is not."""
+        return None if self.credit is None else self.credit.excluded
+
+    @property
+    def is_quarantined(self) -> bool:
+        """Whether something about it is not finite, so that nothing of it may be used."""
+        return self.excluded is not None and self.excluded.is_quarantined
+
+    # -- generation ------------------------------------------------------------------------
+
+    def append(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[float] | None,
+        version: int,
+        kv_version: int | None = None,
+    ) -> None:
+        """Append a chunk of response tokens made under ``version``; an empty chunk is a no-op.
+
+        Args:
+            token_ids: the tokens, in order.
+            logprobs: the engine's, one per token; ``None`` where nobody asked for any, in which
+                case no chunk of the trajectory has them.
+            version: the policy version that made them, or a lower bound on it that
+                :meth:`relabel` may raise.
+            kv_version: of the keys and values they attended to; ``None`` for ``version``.
+
+        Raises:
+            ValueError: unequal numbers of tokens and log-probs, a version older than the last
+                segment's or than its keys and values, more tokens than the limit allows, or a
+                finished trajectory.
+        """
+        if logprobs is not None and len(token_ids) != len(logprobs):
+            raise ValueError(
+                f"{self.name}: {len(token_ids)} tokens came with {len(logprobs)} log-probs"
+            )
+        if not len(token_ids):
+            return
+        self._check_room(len(token_ids))
+        if any(self._written) and (logprobs is None) == ("engine" in self.logprobs):
+            raise ValueError(f"{self.name}: log-probs came with some of its chunks only")
+        kv_version = version if kv_version is None else kv_version
+        self._check_label(version, kv_version, after=last_version(self.segments))
+        if logprobs is not None:
+            column = self.logprobs.setdefault("engine", array("f", bytes(4 * len(self.tokens))))
+            column.extend(array("f", logprobs))
+        self.tokens.extend(array("i", token_ids))
+        label(self.segments, Segment(len(token_ids), version, kv_version))
+
+    def observe(self, token_ids: Sequence[int]) -> None:
+        """Append tokens that no policy wrote (what a tool or an environment answered).
+
+        They are read by the policy and count towards the limit, but no loss sees them.
+
+        Raises:
+            ValueError: more tokens than the limit allows, or a finished trajectory.
+        """
+        if not len(token_ids):
+            return
+        self._check_room(len(token_ids))
+        if "engine" in self.logprobs:
+            self.logprobs["engine"].extend(array("f", bytes(4 * len(token_ids))))
+        self.tokens.extend(array("i", token_ids))
+        label(self.segments, Segment(len(token_ids), None, None))
+
+    def relabel(self, start: int, spans: Sequence[Span]) -> None:
+        """Replace the labels of the tokens from ``start`` on by the engine's own word on them.
+
+        Versions given before are lower bounds: they may only be raised. (A lower bound of the
+        keys' and values' is not known before, so theirs are taken as they are told.)
+
+        Args:
+            start: how many response tokens there were when the engine's stream began.
+            spans: over all tokens since, oldest first.
+
+        Raises:
+            ValueError: the spans do not cover exactly these tokens, fall, lower a version, or
+                label an observation. Nothing is changed.
+        """
+        told = sum(span.length for span in spans)
+        if start < 0 or start + told != len(self.tokens) or any(s.length < 1 for s in spans):
+            raise ValueError(
+                f"{self.name}: labels of {told} tokens from token {start} on, of "
+                f"{len(self.tokens)} tokens"
+            )
+        segments = between(self.segments, 0, start)
+        for span in spans:
+            self._check_label(span.version, span.kv_version, after=last_version(segments))
+            for old in between(self.segments, start, start + span.length):
+                if old.version is None:
+                    raise ValueError(f"{self.name}: an observation is labelled {span.version}")
+                if span.version < old.version:
+                    raise ValueError(
+                        f"{self.name}: a token of version {old.version} is labelled {span.version}"
+                    )
+            label(segments, Segment(span.length, span.version, span.kv_version))
+            start += span.length
+        self.segments = segments
+
+    def finish(self, reason: FinishReason) -> None:
+        """The response is complete."""
+        self.outcome = Outcome(reason)
+
+    def judge(self, verdict: Verdict) -> None:
+        """The finished response is scored.
+
+        Raises:
+            ValueError: it is not finished.
+        """
+        if self.outcome is None:
+            raise ValueError(f"{self.name} is scored before it is finished")
+        self.outcome = replace(self.outcome, verdict=verdict)
+
+    # -- log-probs -------------------------------------------------------------------------
+
+    def missing(self, source: Source) -> int:
+        """How many tokens have no log-prob from ``source``."""
+        return len(self.tokens) - len(self.logprobs.get(source, ()))
+
+    def column(self, source: Source) -> array[float]:
+        """The log-probs of ``source``, one per token.
+
+        Raises:
+            ValueError: some token has none.
+        """
+        if self.missing(source):
+            raise ValueError(
+                f"{self.name}: {self.missing(source)} of {len(self.tokens)} tokens have none of "
+                f"{WHOSE[source]} log-probs"
+            )
+        return self.logprobs.get(source, array("f"))
+
+    def add_logprobs(self, source: Source, logprobs: Sequence[float]) -> None:
+        """Store log-probs of all tokens that have none from ``source`` yet (the response's tail).
+
+        Args:
+            source: who computed them.
+            logprobs: one value per response token; those of tokens that have one already are
+                ignored, since the weights that made them are gone.
+
+        Raises:
+            ValueError: the number of values is not the response length.
+        """
+        if len(logprobs) != len(self.tokens):
+            raise ValueError(
+                f"{self.name}: {len(logprobs)} log-probs for {len(self.tokens)} tokens"
+            )
+        column = self.logprobs.setdefault(source, array("f"))
+        column.extend(array("f", logprobs[len(column) :]))
+
+    def fault(self) -> str | None:
+        """Why nothing of it may be used, in words: it has no reward, or a log-prob that is not a
+        finite number. ``None`` if all is well."""
+        if self.verdict is not None and self.verdict.fault is not None:
+            return self.verdict.fault
+        for source, whose in WHOSE.items():
+            column = self.logprobs.get(source, array("f"))
+            position = not_finite(column)
+            if position is not None:
+                return f"{whose} log-prob of token {position} is {column[position]}"
+        return None
+
+    # -- saving ----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, which share nothing with it; see :meth:`from_state`."""
+        return {
+            "group_id": self.group_id,
+            "sample": self.sample,
+            "prompt_id": self.prompt_id,
+            "prompt": tensor_of(array("i", self.prompt)),
+            "max_new_tokens": self.max_new_tokens,
+            "tokens": tensor_of(self.tokens),
+            "segments": [[s.length, s.version, s.kv_version] for s in self.segments],
+            "logprobs": {source: tensor_of(column) for source, column in self.logprobs.items()},
+            "outcome": self.outcome and asdict(self.outcome),
+            "credit": self.credit and asdict(self.credit),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Trajectory:
+        """Rebuild a trajectory from :meth:`state_dict`."""
+        return cls(
+            **{
+                **state,
+                "prompt": tuple(state["prompt"].tolist()),
+                "tokens": array("i", state["tokens"].tolist()),
+                "segments": [Segment(*segment) for segment in state["segments"]],
+                "logprobs": {s: array("f", v.tolist()) for s, v in state["logprobs"].items()},
+                "outcome": state["outcome"] and Outcome.from_state(state["outcome"]),
+                "credit": state["credit"] and Credit.from_state(state["credit"]),
+            }
+        )
+
+    @property
+    def _written(self) -> Iterator[Segment]:
+        return (segment for segment in self.segments if segment.version is not None)
+
+    def _check_room(self, count: int) -> None:
+        if self.outcome is not None:
+            raise ValueError(f"{self.name} is finished ({self.finish_reason}); cannot append")
+        if count > self.remaining_tokens:
+            raise ValueError(
+                f"{self.name}: {self.response_length} + {count} tokens exceed the "
+                f"limit of {self.max_new_tokens}"
+            )
+
+    def _check_label(self, version: int, kv_version: int, *, after: int | None) -> None:
+        if after is not None and version < after:
+            raise ValueError(f"{self.name}: version {version} follows version {after}")
+        if kv_version > version:
+            raise ValueError(
+                f"{self.name}: tokens of version {version} attended to keys and values of "
+                f"version {kv_version}"
+            )
 
 
 @dataclass(slots=True)
@@ -232,19 +322,19 @@ class PromptGroup:
     first_version: int | None = None
 
     @property
-    def rewards(self) -> list[float]:
-        """The rewards ``[G]`` of a scored group.
+    def verdicts(self) -> list[Verdict]:
+        """The verdicts ``[G]`` of a scored group.
 
         Raises:
-            ValueError: some trajectory has no reward yet.
+            ValueError: some trajectory has none yet.
         """
-        rewards = [t.reward for t in self.trajectories if t.reward is not None]
-        if len(rewards) != len(self.trajectories):
+        verdicts = [t.verdict for t in self.trajectories if t.verdict is not None]
+        if len(verdicts) != len(self.trajectories):
             raise ValueError(f"group {self.group_id} is not scored yet")
-        return rewards
+        return verdicts
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values only; the inverse of :meth:`from_state`."""
+        """Plain values and tensors; the inverse of :meth:`from_state`."""
         return {
             "group_id": self.group_id,
             "prompt_index": self.prompt_index,

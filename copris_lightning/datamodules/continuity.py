@@ -123,13 +123,11 @@ class Continuity:
             held = f"{len(begun)} responses that it holds"
             for name, value in self._sampling.items():
                 self._same(f"task.sampling.{name}", state["sampling"].get(name), value, held)
-        unscored = any(
-            len(s["trainer_logprobs"]) < len(s["token_ids"]) for r in begun for s in r["segments"]
-        )
+        unscored = any(len(r["logprobs"].get("trainer", ())) < len(r["tokens"]) for r in begun)
         was, now = state["behavior_logprobs"], self.settings.flow.behavior_logprobs
         if unscored and was == "engine" and now == "trainer":
             self._same("flow.behavior_logprobs", was, now, "responses begun under older weights")
-        scored = sum(row["reward"] is not None for row in rows)
+        scored = sum((row["outcome"] or {}).get("verdict") is not None for row in rows)
         if scored:
             held = f"{scored} responses of its groups"
             task = self.settings.task

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from copris_lightning.core.estimator.advantage import soft_overlong_penalty
+from copris_lightning.core.outcome import TRUNCATED, Excluded
+from copris_lightning.core.outcome import Credit as Credited
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Trajectory
+from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.datamodules.settings import Advantage, Credit
 from copris_lightning.errors import ConfigurationError, QuarantineError
 
 
 def quarantine(groups: Sequence[PromptGroup], max_share: float) -> None:
-    """Exclude every trajectory with a reward or log-prob that is not finite.
+    """Exclude every trajectory without a reward, or with a log-prob that is not finite.
 
     Args:
         groups: the batch, scored.
@@ -27,10 +29,11 @@ def quarantine(groups: Sequence[PromptGroup], max_share: float) -> None:
     """
     rows = [t for group in groups for t in group.trajectories]
     for trajectory in rows:
-        trajectory.excluded = trajectory.not_finite()
+        fault = trajectory.fault()
+        trajectory.credit = None if fault is None else Credited(0.0, Excluded(fault))
     broken = [t for t in rows if t.is_quarantined]
     if len(broken) > max_share * len(rows):
-        shown = "; ".join(f"{t.name}: {t.excluded}" for t in broken[:3])
+        shown = "; ".join(f"{t.name}: {t.fault()}" for t in broken[:3])
         raise QuarantineError(
             f"{len(broken)} of the batch's {len(rows)} trajectories are not finite, more than "
             f"credit.max_quarantined={max_share} allows ({shown}). A reward that is not a finite "
@@ -47,20 +50,16 @@ def set_advantages(groups: Sequence[PromptGroup], credit: Credit, sampling: Samp
     them, and a single one that is left has nothing to be compared with and gets 0.
     """
     usable = [[t for t in g.trajectories if not t.is_quarantined] for g in groups]
-    for size in sorted({len(rows) for rows in usable if len(rows) > 1}):
+    for size in sorted({len(rows) for rows in usable if rows}):
         together = [rows for rows in usable if len(rows) == size]
-        rewards = [[_shaped(t, credit, sampling) for t in rows] for rows in together]
-        values = _checked(credit.advantage, torch.tensor(rewards, dtype=torch.float64))
+        values = torch.zeros(len(together), 1)
+        if size > 1:
+            rewards = [[_shaped(t, credit, sampling) for t in rows] for rows in together]
+            values = _checked(credit.advantage, torch.tensor(rewards, dtype=torch.float64))
         for rows, row in zip(together, values.tolist(), strict=True):
             for trajectory, value in zip(rows, row, strict=True):
-                trajectory.advantage = value
-    for trajectory in (t for group in groups for t in group.trajectories):
-        if trajectory.is_quarantined:
-            trajectory.advantage = 0.0
-            continue
-        trajectory.advantage = trajectory.advantage or 0.0
-        if credit.truncated == "mask" and trajectory.finish_reason == "length":
-            trajectory.excluded = TRUNCATED
+                is_cut = credit.truncated == "mask" and trajectory.finish_reason == "length"
+                trajectory.credit = Credited(value, TRUNCATED if is_cut else None)
 
 
 def _checked(advantage: Advantage, rewards: Tensor) -> Tensor:
@@ -75,8 +74,8 @@ def _checked(advantage: Advantage, rewards: Tensor) -> Tensor:
 
 
 def mean_reward(rows: Sequence[Trajectory]) -> float:
-    """Mean of the finite rewards, as the reward function gave them; NaN if there is none."""
-    rewards = [t.reward for t in rows if t.reward is not None and math.isfinite(t.reward)]
+    """Mean of the rewards, as the reward function gave them; NaN if there is none."""
+    rewards = [t.reward for t in rows if t.reward is not None]
     return sum(rewards) / len(rewards) if rewards else math.nan
 
 

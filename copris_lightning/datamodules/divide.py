@@ -94,7 +94,7 @@ def divide(
         dealt_rows = [t for group in dealt[update :: shape.updates] for t in group.trajectories]
         rows = [t for t in dealt_rows if t.excluded is None]
         totals = UpdateTotals(
-            len(rows), sum(t.response_length for t in rows), sampling.max_new_tokens
+            len(rows), sum(t.written_tokens for t in rows), sampling.max_new_tokens
         )
         parts = shape.world_size * shape.micro_batches
         excluded = sorted((t for t in dealt_rows if t.excluded is not None), key=sequence_length)
@@ -118,4 +118,4 @@ def divide(
 
 def sequence_length(trajectory: Trajectory) -> int:
     """Prompt plus response, in tokens."""
-    return len(trajectory.prompt_token_ids) + trajectory.response_length
+    return len(trajectory.prompt) + trajectory.response_length

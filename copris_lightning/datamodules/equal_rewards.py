@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from copris_lightning.core.trajectory import PromptGroup, Trajectory
+from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.rollout.rewards import Prompt
 
 
@@ -50,7 +49,7 @@ class EqualRewards:
         if self._is_done:
             return
         for group in groups:
-            rows = [t for t in group.trajectories if _is_known(t)]
+            rows = [t for t in group.trajectories if t.reward is not None]
             values = {t.reward for t in rows if t.reward is not None}
             if len(values) > 1:
                 self._is_done = True
@@ -77,15 +76,11 @@ class EqualRewards:
 
     def _example(self, group: PromptGroup) -> str:
         prompt = self._prompt(group.prompt_index)
-        response = self._decode(group.trajectories[0].response_token_ids)
+        response = self._decode(group.trajectories[0].tokens)
         return (
             f"prompt {prompt.id!r} has the answer {_short(prompt.answer)} and got the response "
             f"{_short(response)}"
         )
-
-
-def _is_known(trajectory: Trajectory) -> bool:
-    return trajectory.reward is not None and math.isfinite(trajectory.reward)
 
 
 def _short(value: object) -> str:

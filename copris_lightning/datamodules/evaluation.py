@@ -74,8 +74,8 @@ def _batch(
     session: RolloutSession, groups: list[PromptGroup], name: str, evaluation: Evaluation
 ) -> EvaluationBatch:
     return EvaluationBatch(
-        # Where the reward gave no verdict there was no success.
-        rewards=torch.tensor([group.rewards for group in groups]).nan_to_num(0.0, 0.0, 0.0),
+        # Where the reward gave no number there was no success.
+        rewards=torch.tensor([[v.reward or 0.0 for v in group.verdicts] for group in groups]),
         response_lengths=torch.tensor(
             [[t.response_length for t in group.trajectories] for group in groups]
         ),

@@ -287,7 +287,7 @@ class Feed:
         )
         if not batch.groups or state["undivided"]:
             return [batch, *[replace(batch, groups=())] * (self.shape.world_size - 1)]
-        if self._needs_proximal and not any(t.proximal_logprobs for t in batch.rows):
+        if self._needs_proximal and any(t.missing("proximal") for t in batch.rows):
             raise ConfigurationError(
                 "the checkpoint was taken within a batch whose proximal log-probs were not "
                 "computed; set estimator.ratio.proximal=loglinear for this "

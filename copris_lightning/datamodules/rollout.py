@@ -232,8 +232,7 @@ class RolloutDataModule(L.LightningDataModule):
         groups = self.feed.batch.groups if self.feed is not None else ()
         for trajectory in (group.trajectories[0] for group in groups[:count]):
             names.append(trajectory.prompt_id)
-            tokens = [*trajectory.prompt_token_ids, *trajectory.response_token_ids]
-            sequences.append(tokens[: run.probe_tokens])
+            sequences.append(trajectory.sequence[: run.probe_tokens].tolist())
         if not sequences:
             ends = run.stop_token_ids(self.settings.task.sampling)
             for queued in islice(run.prompts, count):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import lightning as L
 
-from copris_lightning.core.batching import MicroBatch, collate, split_by_tokens
+from copris_lightning.core.batching import MicroBatch, collate, cut_by_length
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.divide import sequence_length
@@ -35,7 +35,7 @@ def score_behavior(
         sampling: how the tokens were drawn.
         max_tokens: padded tokens per forward pass.
     """
-    new = [t for t in trajectories or () if t.unscored_tokens()]
+    new = [t for t in trajectories or () if t.missing("trainer")]
     scores = _forward(
         trainer,
         None if trajectories is None else new,
@@ -44,7 +44,7 @@ def score_behavior(
         max_tokens=max_tokens,
     )
     for trajectory, values in zip(new, scores, strict=True):
-        trajectory.set_trainer_logprobs(values)
+        trajectory.add_logprobs("trainer", values)
 
 
 def score_proximal(
@@ -61,7 +61,7 @@ def score_proximal(
     """
     scores = _forward(trainer, trajectories, ranks, sampling=sampling, max_tokens=max_tokens)
     for trajectory, values in zip(trajectories or (), scores, strict=True):
-        trajectory.proximal_logprobs = values
+        trajectory.add_logprobs("proximal", values)
 
 
 def _forward(
@@ -73,7 +73,7 @@ def _forward(
     max_tokens: int,
 ) -> list[list[float]]:
     """The trainer's log-probs of each response, on rank 0; the others help and get nothing."""
-    runs = split_by_tokens([sequence_length(t) for t in rows or ()], max_tokens)
+    runs = cut_by_length([sequence_length(t) for t in rows or ()], max_tokens)
 
     def shares() -> list[list[MicroBatch]]:
         assert rows is not None

@@ -9,8 +9,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from copris_lightning.core.outcome import FinishReason
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.core.trajectory import FinishReason
 from copris_lightning.weights.adapter import AdapterShape
 from copris_lightning.weights.transport import Run, Weights
 

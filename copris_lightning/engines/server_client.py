@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar
 
 import aiohttp
 
+from copris_lightning.core.outcome import FinishReason
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.core.trajectory import FinishReason
 from copris_lightning.errors import EngineError, WeightSyncError
 from copris_lightning.weights.arrival import fault
 

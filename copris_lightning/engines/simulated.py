@@ -16,7 +16,7 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-from copris_lightning.core.trajectory import FinishReason
+from copris_lightning.core.outcome import FinishReason
 from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
 from copris_lightning.engines.virtual_time import VirtualClockLoop
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError

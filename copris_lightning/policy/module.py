@@ -179,7 +179,8 @@ class CoprisModule(L.LightningModule):
     def policy_loss(self, batch: MicroBatch, terms: TokenTerms) -> tuple[Tensor, Estimate]:
         """A micro-batch's share of the optimizer step's loss, and its per-token parts."""
         estimate = self.estimator(terms)
-        weights = NORMALIZATIONS[self.estimator.normalization](batch.response_lengths, batch.totals)
+        normalize = NORMALIZATIONS[self.estimator.normalization]
+        weights = normalize(batch.written_lengths, batch.totals)
         return (estimate.loss.sum(dim=1) * weights).sum(), estimate
 
     def training_step(self, batch: MicroBatch, batch_idx: int) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.errors import RolloutError
 
@@ -12,7 +10,7 @@ class ZeroVarianceFilter:
     """DAPO's dynamic sampling: a group of equal rewards has no advantage, so another is rolled out.
 
     Rewards are compared exactly (a standard deviation may round to something above zero). A group
-    with one that is not finite is accepted, for its trajectory to be quarantined and counted. What
+    with one that is missing is accepted, for its trajectory to be quarantined and counted. What
     is dropped biases the prompts towards those of middling difficulty: that is its purpose.
 
     Args:
@@ -33,15 +31,15 @@ class ZeroVarianceFilter:
         Raises:
             RolloutError: too many groups in a row did not; names the reward.
         """
-        rewards = set(group.rewards)
-        if len(rewards) > 1 or not all(map(math.isfinite, rewards)):
+        reward, *others = {verdict.reward for verdict in group.verdicts}
+        if others or reward is None:
             self._in_a_row = 0
             return True
         self._in_a_row += 1
         if self._in_a_row > self._max_dropped:
             raise RolloutError(
                 f"{self._in_a_row} groups in a row got equal rewards from {self._reward_name}, the "
-                f"last ({rewards.pop():g} for every response to prompt "
+                f"last ({reward:g} for every response to prompt "
                 f"{group.trajectories[0].prompt_id!r}) too: nothing to learn from. Is "
                 "task.scoring.reward right, are the prompts neither too easy nor too hard? Raise "
                 f"credit.max_dropped_groups={self._max_dropped}, or set "

@@ -243,12 +243,12 @@ class RolloutScheduler:
         self._requests += 1
         request = GenerationRequest(
             request_id=f"{self._name}-{key[0]}-{key[1]}-{self._requests}",
-            token_ids=(*trajectory.prompt_token_ids, *trajectory.response_token_ids),
+            token_ids=tuple(trajectory.sequence),
             max_new_tokens=trajectory.remaining_tokens,
             decoding=self._decoding,
             seed=trajectory_seed(self._seed, *key),
         )
-        watch = self._stops.watch(trajectory.response_token_ids) if self._stops else None
+        watch = self._stops.watch(trajectory.tokens) if self._stops else None
         try:
             async with aclosing(self.engine.generate(request)) as chunks:
                 async for chunk in chunks:
@@ -297,7 +297,7 @@ class RolloutScheduler:
     async def _score(self, key: Key) -> None:
         trajectory = self.buffer.trajectory(key)
         prompt = self.prompts.prompt(self.buffer.group(key[0]).prompt_index)
-        reward = await self._scorer(self._decode(trajectory.response_token_ids), prompt)
+        reward = await self._scorer(self._decode(trajectory.tokens), prompt)
         is_complete = self.buffer.score(key, reward)
         self._emit("score", key)
         if is_complete:

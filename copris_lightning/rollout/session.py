@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -131,20 +130,22 @@ class RolloutSession:
 
     def record(self, trajectory: Trajectory) -> dict[str, Any]:
         """A trajectory as the ledger and predictions show it: plain values."""
-        # JSON has no NaN.
-        reward = trajectory.reward
-        known = reward is not None and math.isfinite(reward)
+        verdict, credit = trajectory.verdict, trajectory.credit
         return {
             "prompt_id": trajectory.prompt_id,
             "sample": trajectory.sample,
-            "segments": [{"version": s.version, "tokens": len(s)} for s in trajectory.segments],
+            "segments": [
+                {"version": s.version, "kv_version": s.kv_version, "tokens": s.length}
+                for s in trajectory.segments
+            ],
             "finish_reason": trajectory.finish_reason,
-            "prompt_tokens": len(trajectory.prompt_token_ids),
+            "prompt_tokens": len(trajectory.prompt),
             "response_tokens": trajectory.response_length,
-            "reward": reward if known else None,
-            "advantage": trajectory.advantage,
-            **({"excluded": trajectory.excluded} if trajectory.excluded else {}),
-            "response": self.decode(trajectory.response_token_ids),
+            "reward": trajectory.reward,
+            "parts": dict(verdict.parts) if verdict else {},
+            "advantage": credit.advantage if credit else None,
+            **({"excluded": credit.excluded.reason} if credit and credit.excluded else {}),
+            "response": self.decode(trajectory.tokens),
         }
 
     def close(self) -> None:

@@ -8,19 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trajectories import trajectory, versions
 
 from copris_lightning.core.batching import (
     NO_TOTALS,
     MicroBatch,
     collate,
+    cut_by_length,
     forward_cost,
     length_mask,
     partition,
-    split_by_tokens,
 )
 from copris_lightning.core.estimator.normalization import UpdateTotals
+from copris_lightning.core.outcome import TRUNCATED, Credit, Excluded
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.core.trajectory import Segment, Trajectory
+from copris_lightning.core.trajectory import Trajectory
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=8)
 COSTS = st.sampled_from([float, lambda n: n * n, forward_cost(4), forward_cost(1024)])
@@ -94,20 +96,39 @@ def set_partitions(items):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 12), max_size=6), st.integers(1, 40))
-def test_split_by_tokens_fills_the_fewest_micro_batches_that_fit(lengths, limit):
-    def fits(part):
-        return len(part) == 1 or len(part) * max(lengths[i] for i in part) <= limit
+@given(st.lists(st.integers(1, 12), max_size=6), st.integers(1, 40), st.integers(0, 20))
+def test_no_other_passes_cost_less_than_those_cut_by_length(lengths, limit, pass_tokens):
+    def padded(part):
+        return len(part) * max(lengths[i] for i in part)
 
-    actual = split_by_tokens(lengths, limit)
+    def cost(parts):
+        return sum(padded(part) + pass_tokens for part in parts)
+
+    def fits(parts):
+        return all(len(part) == 1 or padded(part) <= limit for part in parts)
+
+    actual = cut_by_length(lengths, limit, pass_tokens)
     assert sorted(flat(actual)) == list(range(len(lengths)))
-    assert all(part and fits(part) for part in actual)
-    fewest = min(
-        len(parts)
-        for parts in set_partitions(list(range(len(lengths))))
-        if all(fits(part) for part in parts)
+    assert all(actual)
+    assert fits(actual)
+    assert cost(actual) == min(
+        cost(parts) for parts in set_partitions(list(range(len(lengths)))) if fits(parts)
     )
-    assert len(actual) == fewest
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(45, 141), min_size=64, max_size=64))
+def test_passes_over_a_batch_of_responses_hold_little_padding(lengths):
+    """What 64 rows of 45 to 141 tokens in one pass took was up to three times what they need."""
+    passes = cut_by_length(lengths, 16_384)
+    padded = sum(len(part) * max(lengths[i] for i in part) for part in passes)
+    assert padded <= 1.25 * sum(lengths)
+    assert len(passes) <= 8
+
+
+def test_a_few_short_sequences_are_one_pass():
+    assert len(cut_by_length([20, 9, 14, 2], 16_384)) == 1
+    assert cut_by_length([], 16_384) == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,6 +137,10 @@ def test_a_length_mask_is_true_below_each_length(lengths, size):
     mask = length_mask(torch.tensor(lengths), size)
     assert mask.dtype is torch.bool
     assert mask.tolist() == [[i < n for i in range(size)] for n in lengths]
+
+
+def lists_of(count):
+    return st.lists(st.floats(-9, 0, width=32), min_size=count, max_size=count)
 
 
 @st.composite
@@ -129,13 +154,17 @@ def trajectories(draw):
         for _ in range(draw(st.integers(0, 3))):
             size = draw(st.integers(1, 4))
             tokens = draw(st.lists(st.integers(0, 2), min_size=size, max_size=size))
-            values = st.lists(st.floats(-9, 0, width=32), min_size=size, max_size=size)
-            t.segments.append(Segment(version, tokens, draw(values), draw(values)))
+            values = lists_of(size)
+            t.append(tokens, draw(values), version)
+            if draw(st.booleans()):
+                t.observe(tokens)
+            t.add_logprobs("trainer", draw(lists_of(t.response_length)))
             version += draw(st.integers(1, 2))
-        t.advantage = draw(st.none() | st.floats(-2, 2, width=32))
-        t.excluded = draw(st.sampled_from([None, None, "truncated", "its reward is nan"]))
-        n = t.response_length if recomputed else 0
-        t.proximal_logprobs = draw(st.lists(st.floats(-9, 0, width=32), min_size=n, max_size=n))
+        if draw(st.booleans()):
+            excluded = draw(st.sampled_from([None, TRUNCATED, Excluded("its reward is nan")]))
+            t.credit = Credit(draw(st.floats(-2, 2, width=32)), excluded)
+        if recomputed:
+            t.add_logprobs("proximal", draw(lists_of(t.response_length)))
         rows.append(t)
     return rows
 
@@ -154,7 +183,7 @@ def test_every_field_of_a_padded_batch_is_aligned_with_its_tokens(rows, source):
         totals=TOTALS,
         quarantine_limit=2,
     )
-    longest = max(len(t.prompt_token_ids) + t.response_length for t in rows)
+    longest = max(len(t.sequence) for t in rows)
     width = max(1, *(t.response_length for t in rows))
     assert batch.input_ids.shape == (len(rows), longest)
     assert batch.behavior_logprobs.shape == batch.versions.shape == (len(rows), width)
@@ -163,11 +192,11 @@ def test_every_field_of_a_padded_batch_is_aligned_with_its_tokens(rows, source):
     assert (batch.is_last, batch.metrics) == (False, {})
     assert batch.names == [t.name for t in rows]
     assert (batch.mismatch is None) == (source != "trainer")
-    known = all(len(t.proximal_logprobs) == t.response_length for t in rows)
+    known = not any(t.missing("proximal") for t in rows)
     assert (batch.proximal_logprobs is not None) == known
     for i, t in enumerate(rows):
-        prompt, n = len(t.prompt_token_ids), t.response_length
-        sequence = [*t.prompt_token_ids, *t.response_token_ids]
+        prompt, n = len(t.prompt), t.response_length
+        sequence, labels = [*t.prompt, *t.tokens], versions(t)
         padding = [0.0] * (width - n)
         assert batch.input_ids[i].tolist() == sequence + [0] * (longest - len(sequence))
         assert (batch.prompt_lengths[i], batch.response_lengths[i]) == (prompt, n)
@@ -175,42 +204,41 @@ def test_every_field_of_a_padded_batch_is_aligned_with_its_tokens(rows, source):
         assert batch.attention_mask[i].tolist() == [1] * (prompt + n) + [0] * (longest - prompt - n)
         assert batch.response_mask[i].tolist() == [True] * n + [False] * (width - n)
         assert batch.included[i] == (t.excluded is None)
-        counts = [t.excluded is None] * n + [False] * (width - n)
+        written = [v is not None for v in labels]
+        assert batch.written[i].tolist() == written + [False] * (width - n)
+        assert batch.written_lengths[i] == t.written_tokens == sum(written)
+        counts = [w and t.excluded is None for w in written] + [False] * (width - n)
         assert batch.loss_mask[i].tolist() == counts
         positions = batch.response_positions[i]
-        assert batch.input_ids[i][positions][:n].tolist() == t.response_token_ids
+        assert batch.input_ids[i][positions][:n].tolist() == t.tokens.tolist()
         assert positions[:n].tolist() == list(range(prompt, prompt + n))
         assert positions.max() < longest
-        values = t.behavior_logprobs(source) if source else [0.0] * n
+        values = t.column(source).tolist() if source else [0.0] * n
         assert batch.behavior_logprobs[i].tolist() == values + padding
-        assert batch.versions[i].tolist() == t.versions + [0] * (width - n)
-        assert batch.lags[i].tolist() == [9 - v for v in t.versions] + [0] * (width - n)
-        assert batch.advantages[i] == (t.advantage or 0.0)
+        assert batch.versions[i].tolist() == [v or 0 for v in labels] + [0] * (width - n)
+        lags = [0 if v is None else 9 - v for v in labels]
+        assert batch.lags[i].tolist() == lags + [0] * (width - n)
+        assert batch.advantages[i] == (t.credit.advantage if t.credit else 0.0)
         if source == "trainer":
-            pairs = zip(t.behavior_logprobs("trainer"), t.behavior_logprobs("engine"), strict=True)
+            pairs = zip(t.column("trainer"), t.column("engine"), strict=True)
             expected = torch.tensor([a - b for a, b in pairs], dtype=torch.float32).tolist()
             assert batch.mismatch[i].tolist() == expected + padding
         if known:
-            assert batch.proximal_logprobs[i].tolist() == t.proximal_logprobs + padding
+            assert batch.proximal_logprobs[i].tolist() == t.column("proximal").tolist() + padding
 
 
-def test_the_mismatch_is_of_the_trainer_over_the_engine_and_subtracted_in_double():
-    """Log-probs of -60 that differ by 1e-6 are one and the same number in single precision."""
-    row = Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3, 4], [-60.0, -1.0], [-60.000001, -0.5])])
+def test_the_mismatch_is_of_the_trainer_over_the_engine():
+    row = trajectory((0, [3, 4], [-60.0, -1.0]), trainer=[-60.5, -0.5])
     batch = collate([row], source="trainer")
     assert batch.mismatch.dtype is torch.float32
-    assert batch.mismatch[0].tolist() == pytest.approx([-1e-6, 0.5], rel=1e-5)
-    assert torch.tensor(-60.000001) == torch.tensor(-60.0)
+    assert batch.mismatch[0].tolist() == [-0.5, 0.5]
 
 
 def test_proximal_logprobs_are_there_only_if_every_trajectory_has_them():
-    rows = [
-        Trajectory(i, 0, "p", (1,), 9, [Segment(0, [3] * (i + 1), [-1.0] * (i + 1))])
-        for i in range(2)
-    ]
-    rows[1].proximal_logprobs = [-0.5, -0.25]
+    rows = [trajectory((0, [3] * (i + 1), [-1.0] * (i + 1))) for i in range(2)]
+    rows[1].add_logprobs("proximal", [-0.5, -0.25])
     assert collate(rows, source="engine").proximal_logprobs is None
-    rows[0].proximal_logprobs = [-2.0]
+    rows[0].add_logprobs("proximal", [-2.0])
     batch = collate(rows, source="engine")
     assert batch.proximal_logprobs.dtype is torch.float32
     assert batch.proximal_logprobs.tolist() == [[-2.0, 0.0], [-0.5, -0.25]]
@@ -239,7 +267,7 @@ def test_some_rows_of_a_batch_are_those_of_the_whole(rows, source, data):
 
 
 def test_a_batch_that_is_not_trained_on_has_no_totals_and_no_advantage():
-    row = Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3], [-1.0])])
+    row = trajectory((0, [3], [-1.0]))
     batch = collate([row], source=None)
     assert batch.totals == NO_TOTALS == UpdateTotals(0, 0, 1)
     assert batch.advantages.tolist() == [0.0]
@@ -248,9 +276,9 @@ def test_a_batch_that_is_not_trained_on_has_no_totals_and_no_advantage():
 
 def test_what_is_not_finite_stays_in_its_own_row():
     """A quarantined trajectory travels with its batch, and counts for nothing."""
-    good = Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3], [-1.0], [-1.5])])
-    bad = Trajectory(1, 0, "q", (1,), 9, [Segment(0, [3, 4], [math.nan, -1.0], [-math.inf, -1.0])])
-    bad.excluded = bad.not_finite()
+    good = trajectory((0, [3], [-1.0]), trainer=[-1.5])
+    bad = trajectory((0, [3, 4], [math.nan, -1.0]), trainer=[-math.inf, -1.0])
+    bad.credit = Credit(0.0, Excluded(bad.fault()))
     batch = collate([good, bad], source="trainer")
     assert batch.loss_mask.tolist() == [[True, False], [False, False]]
     assert batch.mismatch[0].tolist() == [-0.5, 0.0]
@@ -258,8 +286,8 @@ def test_what_is_not_finite_stays_in_its_own_row():
 
 
 def test_a_last_token_equal_to_the_padding_is_still_trained():
-    row = Trajectory(0, 0, "p", (0, 0), 9, [Segment(0, [3, 0], [-1.0, -2.0])])
-    longer = Trajectory(1, 0, "q", (1,), 9, [Segment(0, [4, 5, 6, 7], [-1.0] * 4)])
+    row = trajectory((0, [3, 0], [-1.0, -2.0]), prompt=(0, 0))
+    longer = trajectory((0, [4, 5, 6, 7], [-1.0] * 4))
     batch = collate([row, longer], source="engine")
     assert batch.response_mask[0].tolist() == [True, True, False, False]
     assert batch.attention_mask[0].tolist() == [1, 1, 1, 1, 0]
@@ -267,15 +295,15 @@ def test_a_last_token_equal_to_the_padding_is_still_trained():
 
 
 def test_dtypes_are_those_that_models_take():
-    batch = collate([Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3], [-1.0])])], source="engine")
+    batch = collate([trajectory((0, [3], [-1.0]))], source="engine")
     for name in ("input_ids", "attention_mask", "response_positions", "versions"):
         assert getattr(batch, name).dtype is torch.long, name
     assert batch.behavior_logprobs.dtype is batch.advantages.dtype is torch.float32
 
 
 def test_unscored_tokens_cannot_be_collated_as_the_trainers():
-    row = Trajectory(0, 0, "p", (1,), 9, [Segment(0, [3], [-1.0])])
-    with pytest.raises(ValueError, match="not scored"):
+    row = trajectory((0, [3], [-1.0]))
+    with pytest.raises(ValueError, match="none of the trainer's log-probs"):
         collate([row], source="trainer")
 
 

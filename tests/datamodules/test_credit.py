@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from trajectories import trajectory
 
 from copris_lightning.core.estimator.advantage import dr_grpo, grpo, rloo
+from copris_lightning.core.outcome import TRUNCATED, Outcome, Verdict
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Segment, Trajectory
+from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.datamodules.credit import mean_reward, quarantine, set_advantages
 from copris_lightning.datamodules.settings import Credit
 from copris_lightning.errors import ConfigurationError, QuarantineError
@@ -22,14 +24,14 @@ def group(rewards, lengths=None, group_id=0):
     lengths = lengths or [4] * len(rewards)
     rows = []
     for i, (reward, n) in enumerate(zip(rewards, lengths, strict=True)):
-        segment = Segment(0, [5] * n, [-1.0] * n)
-        finish = "length" if n == SAMPLING.max_new_tokens else "stop"
-        rows.append(Trajectory(group_id, i, f"p{group_id}", (7,), 10, [segment], finish, reward))
+        end = "length" if n == SAMPLING.max_new_tokens else "stop"
+        chunk = (0, [5] * n, [-1.0] * n)
+        rows.append(trajectory(chunk, sample=i, group=group_id, end=end, reward=reward))
     return PromptGroup(group_id, group_id, rows, 0)
 
 
 def advantages(group):
-    return [t.advantage for t in group.trajectories]
+    return [t.credit.advantage for t in group.trajectories]
 
 
 @pytest.mark.parametrize("advantage", [grpo, dr_grpo, rloo])
@@ -40,7 +42,7 @@ def test_advantages_go_to_the_trajectories_that_earned_them(advantage):
     assert advantages(groups[0]) == [0.0] * 4
     expected = advantage(torch.tensor([[1.0, 0.0, 0.5, 0.0]], dtype=torch.float64))[0]
     assert advantages(groups[1]) == expected.tolist()
-    groups[1].trajectories[0].reward = None
+    groups[1].trajectories[0].outcome = Outcome("stop")
     with pytest.raises(AssertionError):
         set_advantages(groups, Credit(advantage), SAMPLING)
 
@@ -51,32 +53,32 @@ def test_the_rest_of_a_group_is_compared_without_its_quarantined(rewards):
     quarantine([one], 1.0)
     set_advantages([one], Credit(dr_grpo), SAMPLING)
     finite = [r for r in rewards if math.isfinite(r)]
-    for t in one.trajectories:
-        if not math.isfinite(t.reward):
+    for t, reward in zip(one.trajectories, rewards, strict=True):
+        if not math.isfinite(reward):
             assert t.is_quarantined
-            assert t.excluded == f"its reward is {t.reward}"
-            assert t.advantage == 0.0
+            assert t.excluded.reason == f"its reward is {reward}"
+            assert t.credit.advantage == 0.0
         else:
             assert t.excluded is None
             alone = len(finite) < 2
             expected = 0.0 if alone else t.reward - sum(finite) / len(finite)
-            assert t.advantage == pytest.approx(expected, abs=1e-7)
+            assert t.credit.advantage == pytest.approx(expected, abs=1e-7)
     assert mean_reward(one.trajectories) == pytest.approx(
         sum(finite) / len(finite) if finite else math.nan, nan_ok=True
     )
 
 
-@pytest.mark.parametrize("where", ["logprobs", "trainer_logprobs"])
+@pytest.mark.parametrize("where", ["engine", "trainer", "proximal"])
 @pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
 def test_a_logprob_that_is_not_finite_is_quarantined_by_name(where, value):
     one = group([0.0, 1.0, 0.0, 1.0])
-    segment = one.trajectories[2].segments[0]
-    segment.trainer_logprobs = [-1.0] * 4
-    getattr(segment, where)[1] = value
+    for source in ("trainer", "proximal"):
+        one.trajectories[2].add_logprobs(source, [-1.0] * 4)
+    one.trajectories[2].logprobs[where][1] = value
     quarantine([one], 0.25)
     assert [t.is_quarantined for t in one.trajectories] == [False, False, True, False]
-    assert "token 1" in one.trajectories[2].excluded
-    assert str(value) in one.trajectories[2].excluded
+    assert "token 1" in one.trajectories[2].excluded.reason
+    assert str(value) in one.trajectories[2].excluded.reason
 
 
 def test_past_the_share_it_is_an_error_that_names_them():
@@ -129,7 +131,7 @@ def test_an_advantage_sees_all_groups_of_a_batch_at_once():
         return dr_grpo(rewards)
 
     groups = [group([0.0, 1.0, 0.0, 1.0], group_id=i) for i in range(3)]
-    groups[1].trajectories[2].reward = math.nan
+    groups[1].trajectories[2].judge(Verdict.of(math.nan))
     quarantine(groups, 1.0)
     set_advantages(groups, Credit(spy), SAMPLING)
     assert seen == [[[0.0, 1.0, 1.0]], [[0.0, 1.0, 0.0, 1.0]] * 2]
@@ -141,6 +143,6 @@ def test_quarantining_again_forgets_what_was_mended():
     quarantine([one], 1.0)
     random.Random(0).shuffle(one.trajectories)
     for t in one.trajectories:
-        t.reward = 0.0
+        t.judge(Verdict(0.0))
     quarantine([one], 0.0)
     assert [t.excluded for t in one.trajectories] == [None] * 4

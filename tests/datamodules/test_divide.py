@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from trajectories import trajectory
 
 from copris_lightning import BatchSize, Sampling
 from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.normalization import NORMALIZATIONS
 from copris_lightning.core.estimator.ratios import TokenTerms
-from copris_lightning.core.trajectory import TRUNCATED, PromptGroup, Segment, Trajectory
+from copris_lightning.core.outcome import TRUNCATED, Credit
+from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.datamodules.divide import BatchShape, divide, sequence_length
 from copris_lightning.errors import ConfigurationError
 
@@ -45,7 +47,7 @@ def make_groups(count, size, seed):
                 n = rng.choice([1, 2, 3, 9])
                 tokens = [rng.randrange(6) for _ in range(n)]
                 t.append(tokens, [-rng.random() * 5 for _ in tokens], version)
-            t.advantage = rng.choice([-1.0, 0.0, 0.5, 1.0])
+            t.credit = Credit(rng.choice([-1.0, 0.0, 0.5, 1.0]))
             rows.append(t)
         # An update without any token to train on would have no mean.
         rows[0].append([2, 0], [-3.0, -1.5], 4)
@@ -77,7 +79,7 @@ def updates_of(ranks, shape):
 
 def rows_of(groups, micro_batches):
     """The trajectories of micro-batches, found by their first token."""
-    rows = {t.prompt_token_ids[0]: t for g in groups for t in g.trajectories}
+    rows = {t.prompt[0]: t for g in groups for t in g.trajectories}
     return [rows[int(row[0])] for b in micro_batches for row in b.input_ids]
 
 
@@ -159,7 +161,7 @@ def test_dividing_again_gives_the_same_and_another_seed_another_deal():
 def test_the_behaviour_is_taken_from_the_source_asked_for():
     groups = make_groups(1, 2, seed=3)
     for t in groups[0].trajectories:
-        t.set_trainer_logprobs([-0.25] * t.response_length)
+        t.add_logprobs("trainer", [-0.25] * t.response_length)
     shape = BatchShape(world_size=1, updates=1, micro_batches=1, hidden_size=16)
     ((batch,),) = divide(groups, shape, **{**OPTIONS, "source": "trainer"}, seed=0)
     assert (batch.behavior_logprobs[batch.response_mask] == -0.25).all()
@@ -169,7 +171,7 @@ def test_excluded_trajectories_are_left_out_unless_a_micro_batch_would_be_empty(
     groups = make_groups(2, 4, seed=1)
     rows = [t for g in groups for t in g.trajectories]
     for t in rows[:5]:
-        t.excluded = TRUNCATED
+        t.credit = Credit(t.credit.advantage, TRUNCATED)
     kept = sum(t.response_length for t in rows[5:])
     for micro_batches, count in ((1, 3), (3, 3), (4, 4), (8, 8)):
         shape = BatchShape(1, 1, micro_batches, hidden_size=16)
@@ -253,14 +255,14 @@ def whole_loss(parameters, rows):
     """The token mean over all rows, one at a time and without any padding."""
     total = 0.0
     for t in rows:
-        sequence = torch.tensor([*t.prompt_token_ids, *t.response_token_ids])
-        start = len(t.prompt_token_ids)
+        sequence = torch.tensor(t.sequence.tolist())
+        start = len(t.prompt)
         predictors = logits(parameters, sequence[None])[0].log_softmax(-1)
         now = predictors[start - 1 : -1].gather(1, sequence[start:, None])[:, 0]
-        behavior = torch.tensor(t.behavior_logprobs("engine"))
+        behavior = torch.tensor(t.column("engine").tolist())
         mask = torch.ones(1, len(now), dtype=torch.bool)
         losses = token_losses(
-            now[None], behavior[None], torch.tensor([[t.advantage]]), mask, mask.long()
+            now[None], behavior[None], torch.tensor([[t.credit.advantage]]), mask, mask.long()
         )
         total = total + losses.sum()
     return total / sum(t.response_length for t in rows)
@@ -285,5 +287,5 @@ def test_gradients_do_not_depend_on_micro_batches_or_ranks(problem):
 
 
 def test_the_length_of_a_trajectory_is_its_prompt_and_response():
-    t = Trajectory(0, 0, "p", (1, 2), 9, [Segment(0, [3, 4, 5], [-1.0] * 3)])
+    t = trajectory((0, [3, 4, 5], [-1.0] * 3), prompt=(1, 2))
     assert sequence_length(t) == 5

@@ -9,23 +9,21 @@ from pathlib import Path
 import pytest
 from simulated_fits import build
 from some_rewards import constant, parity
+from trajectories import trajectory
 
-from copris_lightning.core.trajectory import PromptGroup, Segment, Trajectory
+from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.datamodules.equal_rewards import EqualRewards
 from copris_lightning.rollout.rewards import Prompt
 
 
 def group(index, rewards):
     rows = [
-        Trajectory(
-            index,
-            i,
-            f"p{index}",
-            (7,),
-            10,
-            [Segment(0, [1, 2], [0.0, 0.0])],
-            "length" if i == 0 else "stop",
-            reward,
+        trajectory(
+            (0, [1, 2], [0.0, 0.0]),
+            group=index,
+            sample=i,
+            end="length" if i == 0 else "stop",
+            reward=reward,
         )
         for i, reward in enumerate(rewards)
     ]

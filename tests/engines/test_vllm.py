@@ -255,9 +255,9 @@ def test_greedy_decoding_cut_anywhere_equals_uncut(synced: Running, tiny_checkpo
     for group in groups:
         trajectory = group.trajectories[0]
         uncut, _, _ = call(
-            generate(engine, trajectory.prompt_token_ids, n=100, temperature=0.0, stop=(STOP,))
+            generate(engine, trajectory.prompt, n=100, temperature=0.0, stop=(STOP,))
         )
-        assert trajectory.response_token_ids == uncut
+        assert trajectory.tokens.tolist() == uncut
     call(scheduler.close())
 
 

@@ -122,16 +122,16 @@ def test_a_stop_string_ends_responses_over_resumes_and_nothing_runs_on(
     by_string = 0
     for trajectory in trajectories:
         texts = [
-            decode.verbatim(trajectory.response_token_ids[:end])
+            decode.verbatim(trajectory.tokens[:end])
             for end in range(1, trajectory.response_length + 1)
         ]
         ends = [any(string in text for string in strings) for text in texts]
         assert not any(ends[:-1])
-        if ends[-1] and trajectory.response_token_ids[-1] != STOP:
+        if ends[-1] and trajectory.tokens[-1] != STOP:
             by_string += 1
             assert trajectory.finish_reason == "stop"
             # The reward sees the string (not the padding that an untrained model begins with).
-            text = decode(trajectory.response_token_ids)
+            text = decode(trajectory.tokens)
             assert text in seen
             assert any(string in text for string in strings)
     assert by_string > len(trajectories) / 3

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from simulated_fits import build, ledger
 from some_rewards import ShareOfDigits
 from torch import Tensor
+from trajectories import trajectory
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from copris_lightning import (
@@ -31,7 +32,6 @@ from copris_lightning import (
     WeightSync,
 )
 from copris_lightning.core.batching import MicroBatch, collate
-from copris_lightning.core.trajectory import Segment, Trajectory
 from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.lora import without_adapters
@@ -60,9 +60,8 @@ def micro_batch() -> MicroBatch:
     rows = []
     for i in range(3):
         tokens = [rng.randrange(2, 98) for _ in range(5 + 3 * i)]
-        segment = Segment(0, tokens, [-4.0] * len(tokens))
-        rows.append(Trajectory(0, i, "p", (3, 4, 5), len(tokens), [segment]))
-        rows[-1].advantage = 1.0 - i
+        chunk = (0, tokens, [-4.0] * len(tokens))
+        rows.append(trajectory(chunk, sample=i, prompt=(3, 4, 5), advantage=1.0 - i))
     return collate(rows, source="engine")
 
 

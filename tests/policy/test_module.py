@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import random
 import re
+from array import array
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import trajectories
 from builders import small_module
 from copris_testing import reference_logprobs
 from hypothesis import HealthCheck, given, settings
@@ -22,8 +24,9 @@ from copris_lightning.core.estimator.corrections import Masking, Truncation
 from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.normalization import NORMALIZATIONS, UpdateTotals
 from copris_lightning.core.estimator.penalties import KLPenalty
+from copris_lightning.core.outcome import Credit
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.core.trajectory import PromptGroup, Segment, Trajectory
+from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.datamodules.divide import BatchShape, divide
 from copris_lightning.errors import ConfigurationError, QuarantineError
 from copris_lightning.policy.module import CoprisModule
@@ -40,17 +43,22 @@ def module(tiny_checkpoint: Path) -> CoprisModule:
 
 
 def trajectory(rng: random.Random, group: int, sample: int) -> Trajectory:
-    segments = []
+    chunks = []
     for version in range(rng.randint(1, 3)):
         n = rng.randint(1, 9)
         values = [rng.uniform(-6, -3) for _ in range(n)]
         # Token 0 is the padding token: it must count like any other.
-        segments.append(Segment(version, [rng.randrange(98) for _ in range(n)], values, values))
+        chunks.append((version, [rng.randrange(98) for _ in range(n)], values))
     prompt = tuple(rng.randrange(98) for _ in range(rng.randint(1, 6)))
-    length = sum(len(s) for s in segments)
-    made = Trajectory(group, sample, f"p{group}", prompt, length, segments, "stop", rng.random())
-    made.advantage = rng.uniform(-2, 2)
-    return made
+    return trajectories.trajectory(
+        *chunks,
+        group=group,
+        sample=sample,
+        prompt=prompt,
+        trainer=[value for _, _, values in chunks for value in values],
+        reward=rng.random(),
+        advantage=rng.uniform(-2, 2),
+    )
 
 
 def groups(seed: int, count: int = 4) -> list[PromptGroup]:
@@ -64,8 +72,8 @@ def test_logprobs_equal_a_row_by_row_reference_and_ignore_padding(module: Copris
     with torch.no_grad():
         ours = module(batch)
     for row, t in zip(ours, rows, strict=True):
-        tokens = [*t.prompt_token_ids, *t.response_token_ids]
-        expected = reference_logprobs(module.policy.model, tokens, len(t.prompt_token_ids), 0.7)
+        tokens = t.sequence.tolist()
+        expected = reference_logprobs(module.policy.model, tokens, len(t.prompt), 0.7)
         assert (row[: t.response_length] - expected).abs().max() < 1e-5
         assert (row[t.response_length :] == 0).all()
 
@@ -123,11 +131,10 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
 ) -> None:
     rows = [t for group in groups(3) for t in group.trajectories][:4]
     for row in rows:
-        row.prompt_token_ids = tuple(1 + token % 90 for token in row.prompt_token_ids)
-        for segment in row.segments:
-            segment.token_ids = [1 + token % 90 for token in segment.token_ids]
+        row.prompt = tuple(1 + token % 90 for token in row.prompt)
+        row.tokens = array("i", [1 + token % 90 for token in row.tokens])
     poison, totals = 97, UpdateTotals(4, 60, 40)
-    rows[2].prompt_token_ids = (5, poison)
+    rows[2].prompt = (5, poison)
     module.trainer = trainer()
     embedding = module.policy.model.get_input_embeddings().weight
     original = embedding.detach().clone()
@@ -191,7 +198,7 @@ def test_a_penalty_towards_the_reference_pulls_back_to_it(tiny_checkpoint: Path)
     penalized.on_fit_start()
     rows = [t for group in groups(4) for t in group.trajectories]
     for row in rows:
-        row.advantage = 0.0
+        row.credit = Credit(0.0)
     batch = collate(rows, source="engine", totals=UpdateTotals(8, 100, 40))
     penalized.estimator = dataclasses.replace(penalized.estimator, entropy_coefficient=0.0)
 
@@ -221,7 +228,7 @@ def test_an_entropy_bonus_raises_the_entropy(tiny_checkpoint: Path) -> None:
             parameter.mul_(3.0)
     rows = [t for group in groups(5) for t in group.trajectories]
     for row in rows:
-        row.advantage = 0.0
+        row.credit = Credit(0.0)
     batch = collate(rows, source="engine", totals=UpdateTotals(8, 100, 40))
     optimizer = torch.optim.SGD(rewarded.parameters(), lr=0.05)
     entropies = []
@@ -239,12 +246,12 @@ def test_the_loss_of_a_padding_token_is_nothing_and_that_of_a_stop_token_is_not(
     module: CoprisModule,
 ) -> None:
     """With a stop token that is also the padding token, masks made from ids would lose it."""
-    one = Trajectory(0, 0, "p", (5, 6), 3, [Segment(0, [7, 8, 0], [-4.0] * 3)], "stop", 1.0, 1.0)
+    one = trajectories.trajectory((0, [7, 8, 0], [-4.0] * 3), prompt=(5, 6), advantage=1.0)
     module.zero_grad()
     batch = collate([one], source="engine", totals=UpdateTotals(1, 3, 3))
     total, parts = module.policy_loss(batch, module.token_terms(batch))
     assert (parts.loss != 0).all()
-    batch.response_lengths -= 1
+    batch.written[:, -1] = False
     assert module.policy_loss(batch, module.token_terms(batch))[0] != total
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from copris_lightning import Evaluation
 from copris_lightning.core.batching import MicroBatch, collate
-from copris_lightning.core.trajectory import Segment, Trajectory
+from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import load_model
@@ -25,8 +25,8 @@ from copris_lightning.policy.randomness import without_noise
 def batch() -> MicroBatch:
     rows = []
     for i in range(4):
-        segment = Segment(0, [3 + i, 17, 9, 4, 30 + i], [0.0] * 5)
-        rows.append(Trajectory(0, i, "p", (5, 6 + i), 5, [segment]))
+        rows.append(Trajectory(0, i, "p", (5, 6 + i), 5))
+        rows[-1].observe([3 + i, 17, 9, 4, 30 + i])
     return collate(rows, source=None)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+from trajectories import trajectory
 
 from copris_lightning.core.buffer import Status
-from copris_lightning.core.trajectory import PromptGroup, Trajectory
+from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.errors import RolloutError
 from copris_lightning.rollout.filters import ZeroVarianceFilter
 
 
 def group(*rewards):
-    rows = [Trajectory(0, i, "p7", (1,), 9, reward=r) for i, r in enumerate(rewards)]
+    rows = [trajectory(group=7, sample=i, reward=r) for i, r in enumerate(rewards)]
     return PromptGroup(0, 7, rows)
 
 

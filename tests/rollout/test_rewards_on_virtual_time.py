@@ -20,7 +20,7 @@ def history(rollout, reward, workers, **settings):
     run.stages(4)
     scorer.close()
     trained = [
-        (t.prompt_id, t.sample, t.reward, t.response_token_ids)
+        (t.prompt_id, t.sample, t.reward, t.tokens)
         for group in run.groups
         for t in group.trajectories
     ]

@@ -237,7 +237,7 @@ def test_a_weight_update_during_a_stage_is_refused_and_mislabels_nothing(rollout
     assert errors
     assert all(isinstance(error, WeightSyncError) for error in errors)
     assert all("in flight" in str(error) for error in errors)
-    assert {v for g in run.groups for t in g.trajectories for v in t.versions} == {0}
+    assert {s.version for g in run.groups for t in g.trajectories for s in t.segments} == {0}
 
 
 def test_rewards_do_not_slow_down_the_tokens(rollout):
@@ -285,7 +285,7 @@ def test_each_response_is_scored_once_with_its_own_prompt(rollout):
     run.stages(20)
     inside = [t for t in run.buffer.trajectories() if t.finish_reason is not None]
     ended = [t for group in run.groups for t in group.trajectories] + inside
-    expected = [(" ".join(map(str, t.response_token_ids)), t.prompt_id) for t in ended]
+    expected = [(" ".join(map(str, t.tokens)), t.prompt_id) for t in ended]
     assert sorted(calls) == sorted(expected)
 
 

@@ -64,7 +64,7 @@ def test_a_stop_at_any_event_loses_no_token_and_leaves_nothing_in_flight(rollout
         seen = len(run.engine.requests)
         trajectories = [t for g in run.groups for t in g.trajectories]
         kept = {
-            run.seed_of((t.group_id, t.sample)): t.response_token_ids
+            run.seed_of((t.group_id, t.sample)): t.tokens.tolist()
             for t in [*trajectories, *run.buffer.trajectories()]
             if t.response_length
         }
@@ -276,7 +276,7 @@ def test_an_early_finish_reason_ends_a_response_that_has_no_stop_token(rollout):
     run = rollout(**SMALL, engine=engine)
     groups, _ = run.collect()
     for trajectory in groups[0].trajectories:
-        assert trajectory.response_token_ids == [5, 6]
+        assert trajectory.tokens.tolist() == [5, 6]
         assert trajectory.finish_reason == "length"
 
 

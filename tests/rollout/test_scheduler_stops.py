@@ -6,6 +6,7 @@ import copy
 import string
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -45,17 +46,17 @@ class CoarseEngine(SimulatedEngine):
 def check(run: Any, trajectory: Trajectory) -> None:
     """Its tokens are the simulated engine's, and it ends where they say."""
     seed = run.seed_of((trajectory.group_id, trajectory.sample))
-    prefix = list(trajectory.prompt_token_ids)
+    prefix, tokens = list(trajectory.prompt), iter(trajectory.tokens)
     mean = run.engine.lengths.mean(seed)
     ends = []
     for segment in trajectory.segments:
-        for token in segment.token_ids:
+        for token in islice(tokens, segment.length):
             made, _ = simulate_token(
                 segment.version, prefix, seed, vocab_size=VOCAB, stop=STOP, mean=mean
             )
             assert token == made
             prefix.append(token)
-            text = decode(prefix[len(trajectory.prompt_token_ids) :])
+            text = decode(prefix[len(trajectory.prompt) :])
             ends.append(token == STOP or any(stop in text for stop in STOPS))
     is_cut = len(ends) == trajectory.max_new_tokens and not ends[-1]
     assert not any(ends[:-1])
@@ -104,11 +105,11 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(
     by_string = [t for t in finished if t.finish_reason == "stop" and not ended_by_token(t)]
     assert len(by_string) > len(finished) / 3
     # Some strings were cut in two by a stage's end, and found.
-    assert any(len(t.segments) > 1 and len(t.segments[-1]) == 1 for t in by_string)
+    assert any(len(t.segments) > 1 and t.segments[-1].length == 1 for t in by_string)
 
 
 def ended_by_token(trajectory: Trajectory) -> bool:
-    return trajectory.response_token_ids[-1] == STOP
+    return trajectory.tokens[-1] == STOP
 
 
 def test_a_stop_string_at_the_limit_is_a_stop(rollout: Any) -> None:
@@ -134,9 +135,7 @@ def test_a_restored_response_goes_on_looking(rollout: Any) -> None:
         for group in one.groups:
             for trajectory in group.trajectories:
                 check(one, trajectory)
-    tokens = [
-        [t.response_token_ids for g in one.groups for t in g.trajectories] for one in (run, other)
-    ]
+    tokens = [[t.tokens for g in one.groups for t in g.trajectories] for one in (run, other)]
     assert tokens[0] == tokens[1]
 
 

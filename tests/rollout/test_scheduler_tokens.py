@@ -19,7 +19,7 @@ def test_every_token_over_many_stages_is_the_one_its_version_makes(rollout, faul
     run.stages(60)
     run.check_all_tokens()
     run.check_conservation()
-    mixed = sum(t.is_mixed for group in run.groups for t in group.trajectories)
+    mixed = sum(len(t.segments) > 1 for group in run.groups for t in group.trajectories)
     assert (mixed > 0) == (max_staleness != 0)
 
 
@@ -51,7 +51,7 @@ def test_several_stages_under_one_version_continue_the_same_segment(rollout):
     for _ in range(20):
         run.collect()
     run.check_all_tokens()
-    assert all(not t.is_mixed for group in run.groups for t in group.trajectories)
+    assert all(len(t.segments) < 2 for group in run.groups for t in group.trajectories)
 
 
 def test_kept_tokens_are_exactly_the_emitted_ones(rollout):
@@ -59,7 +59,7 @@ def test_kept_tokens_are_exactly_the_emitted_ones(rollout):
     run.stages(40)
     delivered = [t for group in run.groups for t in group.trajectories]
     kept = {
-        run.seed_of((t.group_id, t.sample)): t.response_token_ids
+        run.seed_of((t.group_id, t.sample)): t.tokens.tolist()
         for t in [*delivered, *run.buffer.trajectories()]
         if t.response_length
     }
@@ -83,7 +83,7 @@ def test_requests_ask_for_the_remaining_budget_only(rollout):
         resumed += bool(response)
     assert resumed > 50
     limits = [t for group in run.groups for t in group.trajectories if t.finish_reason == "length"]
-    assert any(t.is_mixed for t in limits)
+    assert any(len(t.segments) > 1 for t in limits)
 
 
 def test_a_response_that_ended_is_never_asked_for_again(rollout):
@@ -135,7 +135,7 @@ def test_samples_of_a_group_differ(rollout):
     run = rollout(median=30.0)
     run.stages(10)
     for group in run.groups:
-        responses = [tuple(t.response_token_ids[:3]) for t in group.trajectories]
+        responses = [tuple(t.tokens[:3]) for t in group.trajectories]
         assert len(set(responses)) == len(responses)
 
 
@@ -157,7 +157,7 @@ def test_no_delivered_token_lags_more_than_the_bound(rollout, max_staleness):
         groups, _ = run.collect()
         for group in groups:
             for trajectory in group.trajectories:
-                lags.update(run.engine.version - version for version in trajectory.versions)
+                lags.update(run.engine.version - s.version for s in trajectory.segments)
         run.sync()
     assert max(lags) == max_staleness
     run.check_conservation()
@@ -168,7 +168,8 @@ def test_without_a_bound_a_heavy_tail_lags_further(rollout):
     lags = set()
     for _ in range(40):
         groups, _ = run.collect()
-        lags |= {run.engine.version - v for g in groups for t in g.trajectories for v in t.versions}
+        rows = [t for g in groups for t in g.trajectories]
+        lags |= {run.engine.version - s.version for t in rows for s in t.segments}
         run.sync()
     assert max(lags) > 2
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from itertools import islice
 from typing import Any
+
+from trajectories import single
 
 from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
@@ -172,11 +175,11 @@ class Rollout:
     def check_tokens(self, trajectory: Trajectory) -> None:
         """Compute every token and log-prob again, from its version and all that precedes it."""
         seed = self.seed_of((trajectory.group_id, trajectory.sample))
-        prefix = list(trajectory.prompt_token_ids)
+        prefix = list(trajectory.prompt)
+        made = zip(trajectory.tokens, trajectory.column("engine"), strict=True)
         for segment in trajectory.segments:
-            assert len(segment.token_ids) == len(segment.logprobs)
-            for token, logprob in zip(segment.token_ids, segment.logprobs, strict=True):
-                expected = simulate_token(
+            for token, logprob in islice(made, segment.length):
+                expected, exact = simulate_token(
                     segment.version,
                     prefix,
                     seed,
@@ -184,9 +187,9 @@ class Rollout:
                     stop=STOP,
                     mean=self.engine.lengths.mean(seed),
                 )
-                assert (token, logprob) == expected
+                assert (token, logprob) == (expected, *single([exact]))
                 prefix.append(token)
-        response = trajectory.response_token_ids
+        response = trajectory.tokens.tolist()
         assert STOP not in response[:-1]
         assert len(response) <= self.buffer.max_new_tokens
         ended = response[-1:] == [STOP] or len(response) == self.buffer.max_new_tokens

@@ -35,6 +35,7 @@ from copris_lightning.core.estimator.ratios import (
     TokenTerms,
     UncorrectedRatio,
 )
+from copris_lightning.core.outcome import Credit, Verdict
 from copris_lightning.core.trajectory import Trajectory
 
 
@@ -70,7 +71,8 @@ def respond(sample, chunks, reward, *, limit=10):
     trajectory = Trajectory(0, sample, "p", (1, 2), limit)
     for logprobs, version in chunks:
         trajectory.append([3] * len(logprobs), logprobs, version)
-    trajectory.finish_reason, trajectory.reward = "stop", reward
+    trajectory.finish("stop")
+    trajectory.judge(Verdict(reward))
     return trajectory
 
 
@@ -100,7 +102,7 @@ def test_with_one_version_per_trajectory_copris_is_grpo(data):
     news = [data.draw(st.lists(LOGPROBS, min_size=n, max_size=n)) for n in lengths]
     group = [respond(i, [(o, i)], r) for i, (o, r) in enumerate(zip(olds, rewards, strict=True))]
     for trajectory, advantage in zip(group, grpo(tensor([rewards]))[0].tolist(), strict=True):
-        trajectory.advantage = advantage
+        trajectory.credit = Credit(advantage)
     totals = UpdateTotals(len(group), sum(lengths), 10)
     batch = collate(group, source="engine", policy_version=9, totals=totals)
     width = max(lengths)
@@ -143,9 +145,9 @@ def test_cutting_a_segment_without_a_new_version_changes_nothing(data, estimator
     results = []
     for chunks in (whole, parts):
         trajectory = respond(0, chunks, 1.0)
-        trajectory.advantage = -0.7
-        trajectory.set_trainer_logprobs(old)
-        trajectory.proximal_logprobs = other
+        trajectory.credit = Credit(-0.7)
+        trajectory.add_logprobs("trainer", old)
+        trajectory.add_logprobs("proximal", other)
         batch = collate([trajectory], source="trainer", policy_version=7)
         logprobs = tensor([now]).requires_grad_()
         terms = terms_from(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trajectories import trajectory
 
 from copris_lightning.core.batching import collate
 from copris_lightning.core.estimator.ratios import (
@@ -18,7 +19,6 @@ from copris_lightning.core.estimator.ratios import (
     clamp_log_ratio,
     loglinear_proximal,
 )
-from copris_lightning.core.trajectory import Segment, Trajectory
 from copris_lightning.errors import ConfigurationError
 
 FLOAT = torch.float64
@@ -269,8 +269,9 @@ def test_on_policy_every_ratio_is_one(ratio):
 
 def test_each_token_is_compared_with_the_version_that_made_it():
     """Two versions wrote the response; under each the ratio is to that version's log-probs."""
-    segments = [Segment(3, [5, 6], [-9.0] * 2, [-1.0, -2.0]), Segment(5, [7], [-9.0], [-0.5])]
-    batch = collate([Trajectory(0, 0, "p", (1,), 8, segments)], source="trainer", policy_version=5)
+    chunks = [(3, [5, 6], [-9.0] * 2), (5, [7], [-9.0])]
+    row = trajectory(*chunks, trainer=[-1.0, -2.0, -0.5])
+    batch = collate([row], source="trainer", policy_version=5)
 
     def ratio(logprobs):
         return TokenRatio()(
