@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -35,4 +36,51 @@ class Transport(Protocol):
     def explain(self, weights: Weights) -> str:
         """Which of the weights the engine does not compute with, after a mismatch; empty on other
         ranks than 0."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it keeps. May be called twice."""
+        ...
+
+
+class Receiver(Protocol):
+    """An engine's end of the way; its coroutines run on the engine's loop, while it is held.
+
+    A load that was begun and not ended, since something failed, is forgotten by the next one. Any
+    method may raise :class:`~copris_lightning.errors.EngineError`.
+    """
+
+    async def begin_load(self) -> None:
+        """Be ready for all of the model's weights, which come in shards."""
+        ...
+
+    async def load_shard(self, path: Path) -> None:
+        """Load a safetensors file of full tensors under the checkpoint's names.
+
+        It is complete, and may be overwritten once this returns.
+        """
+        ...
+
+    async def end_load(self) -> None:
+        """All shards were loaded.
+
+        Raises:
+            WeightSyncError: the engine does not compute with what they held.
+        """
+        ...
+
+    async def load_adapter(self, folder: Path) -> None:
+        """Apply the LoRA adapter in a folder of peft's layout in place of the last one.
+
+        Raises:
+            WeightSyncError: it does not apply what the folder holds.
+        """
+        ...
+
+    async def explain(self, paths: Sequence[Path]) -> str:
+        """Compare what the engine computes with to the trainer's weights as they are now.
+
+        Args:
+            paths: safetensors files that hold all of them.
+        """
         ...
