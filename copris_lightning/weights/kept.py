@@ -76,12 +76,11 @@ class KeptSet:
         Raises:
             WeightSyncError: nothing was written yet, or not to the end.
         """
-        manifest = {"is_complete": False, "files": []}
         if self._folder is not None:
             manifest = json.loads((self._folder / "manifest.json").read_text())
-        if self._folder is None or not manifest["is_complete"]:
-            raise WeightSyncError("no finished set of weights is kept; they have to be sent again")
-        return [self._folder / name for name in manifest["files"]]
+            if manifest["is_complete"]:
+                return [self._folder / name for name in manifest["files"]]
+        raise WeightSyncError("no finished set of weights is kept; they have to be sent again")
 
     def remove(self) -> None:
         """Remove the files. May be called twice."""
