@@ -125,13 +125,24 @@ def shards(tensors: Iterable[tuple[str, Tensor]], limit: int | None) -> Iterator
         shards in order, each with at least one tensor, and emptied when the next is asked for.
     """
     shard: dict[str, Tensor] = {}
+    # One block for all shards: many small ones would not go back to the system in between.
+    block = torch.empty(0, dtype=torch.uint8)
     size = 0
     for name, tensor in tensors:
-        if shard and limit is not None and size + tensor.nbytes > limit:
+        start = size + -size % tensor.element_size()
+        if shard and limit is not None and start + tensor.nbytes > limit:
             yield shard
             shard.clear()
-            size = 0
-        shard[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        size += tensor.nbytes
+            start = 0
+        size = start + tensor.nbytes
+        if limit is None or tensor.nbytes > limit:
+            block = torch.empty(0, dtype=torch.uint8)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        else:
+            if not len(block):
+                block = torch.empty(limit, dtype=torch.uint8)
+            copy = block[start:size].view(tensor.dtype).view(tensor.shape)
+        shard[name] = copy.copy_(tensor.detach())
+        del copy
     if shard:
         yield shard
