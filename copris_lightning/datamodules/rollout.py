@@ -203,7 +203,8 @@ class RolloutDataModule(L.LightningDataModule):
         self._stop_ids: tuple[int, ...] = ()
         self.exchange: Exchange | None = None
         """Between ranks, from ``setup`` on."""
-        self._transport: Transport | None = None
+        self.transport: Transport | None = None
+        """This rank's way of weights to the engine, from the first sync on."""
         self._probe_tokens = 0
         self._last_state: dict[str, Any] = {}
 
@@ -317,7 +318,7 @@ class RolloutDataModule(L.LightningDataModule):
     def close(self) -> None:
         """End the rollout thread, the engine's processes and the reward's. May be called twice."""
         session, self.session = self.session, None
-        transport, self._transport = self._transport, None
+        transport, self.transport = self.transport, None
         if transport is not None:
             transport.close()
         if session is not None:
@@ -365,12 +366,12 @@ class RolloutDataModule(L.LightningDataModule):
             WeightSyncError: they did not arrive.
         """
         assert self.exchange is not None
-        if self._transport is None:
-            self._transport = self.engine.transport(self.exchange.rank, self._run)
+        if self.transport is None:
+            self.transport = self.engine.transport(self.exchange.rank, self._run)
         with self.exchange.leading():
             self._run(self.engine.hold())
         with self.exchange.leading():
-            self._transport.send(weights)
+            self.transport.send(weights)
             self._run(self.engine.release(version))
         if self.training is not None:
             self.training.advance(version)
@@ -379,9 +380,9 @@ class RolloutDataModule(L.LightningDataModule):
         """Which of the weights the engine does not compute with; all ranks must ask, and rank 0 is
         answered."""
         assert self.exchange is not None
-        assert self._transport is not None
+        assert self.transport is not None
         with self.exchange.leading():
-            return self._transport.explain(weights)
+            return self.transport.explain(weights)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T | None:
         """On the rollout thread; nothing on ranks that have none."""

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from safetensors.torch import save_file
@@ -38,6 +39,7 @@ class KeptSet:
         self._prefix = prefix
         self._shard_bytes = shard_bytes
         self._folder: Path | None = None
+        self._removal: Callable[[], object] = bool
         self._sends = 0
 
     def write(self, weights: Weights, then: Callable[[Path], None]) -> None:
@@ -83,15 +85,16 @@ class KeptSet:
         raise WeightSyncError("no finished set of weights is kept; they have to be sent again")
 
     def remove(self) -> None:
-        """Remove the files. May be called twice."""
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove the files, which also happens when Python ends. May be called twice."""
+        self._folder = None
+        self._removal()
 
     def _own_folder(self) -> Path:
         if self._folder is None:
             parent, prefix = os.path.split(self._prefix)
-            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+            self._removal = finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._folder = Path(folder)
         return self._folder
 
     def _written(self, folder: Path, passing: Iterator[tuple[str, Tensor]]) -> Iterator[Path]:
