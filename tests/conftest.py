@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,3 +79,15 @@ def running_vllm(tiny_checkpoint: Path) -> Iterator[object]:
     finally:
         loop.call(engine.close())
         loop.close()
+
+
+@pytest.fixture
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop on virtual time, on which no task may be left."""
+    from copris_lightning.engines.virtual_time import VirtualClockLoop
+
+    made = VirtualClockLoop()
+    yield made
+    leftovers = asyncio.all_tasks(made)
+    made.close()
+    assert not leftovers

@@ -31,7 +31,7 @@ def evaluate(
 ) -> Iterator[EvaluationBatch]:
     """Sample k responses to every prompt, ``batch_groups`` prompts at a time.
 
-    It has a buffer of its own on the engine, which training leaves idle between stages. What is
+    It has a buffer of its own on the engine that it shares with training, under one cap. What is
     unfinished after one batch is carried over to the next, under the same weights.
     """
     scheduler = None
@@ -62,7 +62,7 @@ def evaluate(
             with exchange.leading():
                 if session is not None and scheduler is not None:
                     scheduler.buffer.batch_groups = min(settings.batch_groups, len(stream) - start)
-                    groups, _ = session.call(scheduler.collect(), watch=True)
+                    groups, _ = session.call(scheduler.take(), watch=True)
                     batch = _batch(session, groups)
             yield exchange.broadcast(batch)
     finally:  # also where Lightning asks for some of the batches only

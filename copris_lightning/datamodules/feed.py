@@ -25,10 +25,11 @@ from copris_lightning.datamodules.ranks import Exchange
 from copris_lightning.datamodules.scoring import score_behavior, score_proximal
 from copris_lightning.datamodules.settings import KEY
 from copris_lightning.datamodules.steps import epoch_micro_batches
-from copris_lightning.engines.engine import Decoding, Resting
+from copris_lightning.engines.engine import Decoding
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.rollout.figures import StageStats
 from copris_lightning.rollout.filters import ZeroVarianceFilter
-from copris_lightning.rollout.scheduler import Event, RolloutScheduler, StageStats
+from copris_lightning.rollout.scheduler import Event, RolloutScheduler
 from copris_lightning.rollout.session import RolloutSession
 
 
@@ -134,11 +135,6 @@ class TrainingStream:
             self._trained = True
             yield self._micro_batches[self._position - 1]
 
-    def advance(self, version: int) -> None:
-        """The engine has the weights of ``version`` from now on."""
-        if self._session is not None and self.scheduler is not None:
-            self._session.call(_advance(self.scheduler.buffer, version), watch=False)
-
     def gather(self, part: Any) -> list[Any]:
         """Every rank's ``part`` on rank 0, an empty list elsewhere; all ranks must call it."""
         return self._exchange.gather(part) or []
@@ -197,8 +193,6 @@ class TrainingStream:
                 self._check_synced()
                 if not self._undivided:
                     self._session.call(self._collect(self.scheduler), watch=True)
-                if isinstance(self._session.engine, Resting):
-                    self._session.call(self._session.engine.rest())
                 trajectories = [t for group in self.delivered for t in group.trajectories]
                 trajectories.extend(self.scheduler.buffer.trajectories())
         rolled_out = time.perf_counter()
@@ -239,7 +233,7 @@ class TrainingStream:
         self._stage_tokens, self._stage_start = 0, self._stage_now
         self.is_collecting = True
         try:
-            self.delivered, self._stats = await scheduler.collect()
+            self.delivered, self._stats = await scheduler.take()
         finally:
             self.is_collecting = False
         self._micro_batches, self._position = [], 0
@@ -367,10 +361,6 @@ class TrainingStream:
                 "batch, or resume from another checkpoint"
             )
         return self._divide()
-
-
-async def _advance(buffer: CarryOverBuffer, version: int) -> None:
-    buffer.advance(version)
 
 
 async def _snapshot(buffer: CarryOverBuffer) -> dict[str, Any]:

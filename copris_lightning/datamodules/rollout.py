@@ -369,12 +369,12 @@ class RolloutDataModule(L.LightningDataModule):
         if self.transport is None:
             self.transport = self.engine.transport(self.exchange.rank, self._run)
         with self.exchange.leading():
-            self._run(self.engine.hold())
+            if self.session is not None:
+                self.session.call(self.session.shared.hold())
         with self.exchange.leading():
             self.transport.send(weights)
-            self._run(self.engine.release(version))
-        if self.training is not None:
-            self.training.advance(version)
+            if self.session is not None:
+                self.session.call(self.session.shared.release(version))
 
     def explain(self, weights: Weights) -> str:
         """Which of the weights the engine does not compute with; all ranks must ask, and rank 0 is

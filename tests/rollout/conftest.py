@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -14,24 +13,21 @@ import pytest
 
 from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
-from copris_lightning.engines.simulated import (
+from copris_lightning.engines.engine import Chunk, Decoding, EngineSpec, GenerationRequest
+from copris_lightning.engines.simulated import SimulatedEngine
+from copris_lightning.engines.simulated_tokens import (
     Faults,
     LengthModel,
-    SimulatedEngine,
     StepTime,
     simulate_token,
 )
 from copris_lightning.engines.virtual_time import VirtualClockLoop
+from copris_lightning.rollout.figures import StageStats
 from copris_lightning.rollout.rewards import Prompt
-from copris_lightning.rollout.scheduler import (
-    Event,
-    QueuedPrompt,
-    RolloutScheduler,
-    StageStats,
-    trajectory_seed,
-)
+from copris_lightning.rollout.scheduler import Event, RolloutScheduler
+from copris_lightning.rollout.shared_engine import SharedEngine
 from copris_lightning.rollout.stops import StopStrings
+from copris_lightning.rollout.task import Accept, QueuedPrompt, Task, trajectory_seed
 
 VOCAB = 50
 STOP = 3
@@ -40,14 +36,14 @@ STOP = 3
 class RecordingEngine(SimulatedEngine):
     """Notes every request, and every token that it hands to the scheduler, by seed."""
 
-    def __init__(self, lengths: LengthModel, faults: Faults) -> None:
-        super().__init__(lengths, StepTime(0.02, 0.0002), faults)
+    def __init__(self, lengths: LengthModel, faults: Faults, stream_interval: int = 1) -> None:
+        super().__init__(lengths, StepTime(0.02, 0.0002), faults, stream_interval)
         self.requests: list[GenerationRequest] = []
         self.emitted: dict[int, list[int]] = {}
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
-        async with aclosing(super().generate(request)) as chunks:
+        async with aclosing(super().stream(request)) as chunks:
             async for chunk in chunks:
                 self.emitted.setdefault(request.seed, []).extend(chunk.token_ids)
                 yield chunk
@@ -96,10 +92,14 @@ class Rollout:
         faults: Faults | None = None,
         scorer: Any = constant_reward,
         engine: Any = None,
+        shared: SharedEngine | None = None,
+        stream_interval: int = 1,
         loop: VirtualClockLoop | None = None,
         name: str = "train",
         decode: Callable[[Sequence[int]], str] = lambda token_ids: " ".join(map(str, token_ids)),
         stops: tuple[str, ...] = (),
+        accept: Accept = lambda group: True,
+        logprobs: bool = True,
     ) -> None:
         self.seed = seed
         self.loop = loop or VirtualClockLoop()
@@ -115,22 +115,25 @@ class Rollout:
             stop_token_ids=(STOP,),
             max_staleness=max_staleness,
         )
-        if engine is None:
-            engine = RecordingEngine(LengthModel(median, sigma), faults or Faults())
-            spec = EngineSpec("none", cap, max_new_tokens + 10, VOCAB)
-            self.run(engine.start(spec))
-        self.engine = engine
-        self.scheduler = RolloutScheduler(
-            engine=engine,
-            buffer=self.buffer,
-            prompts=self.prompts,
-            scorer=scorer,
-            decode=decode,
+        if shared is None:
+            if engine is None:
+                lengths = LengthModel(median, sigma)
+                engine = RecordingEngine(lengths, faults or Faults(), stream_interval)
+                self.run(engine.start(EngineSpec("none", cap, max_new_tokens + 10, VOCAB)))
+            shared = SharedEngine(engine, cap)
+        self.shared = shared
+        self.engine: Any = shared.engine
+        task = Task(
+            self.prompts,
+            scorer,
+            decode,
+            Decoding(logprobs=logprobs),
             stops=StopStrings(stops, decode),
+            accept=accept,
             seed=seed,
             name=name,
-            observer=self._observe,
         )
+        self.scheduler = RolloutScheduler(shared, self.buffer, task, self._observe)
 
     def _observe(self, event: Event) -> None:
         self.events.append(event)
@@ -142,14 +145,19 @@ class Rollout:
 
     def collect(self) -> tuple[list[PromptGroup], StageStats]:
         """One stage; what it delivers is also kept in ``groups``."""
-        groups, stats = self.run(self.scheduler.collect())
+        groups, stats = self.run(self.scheduler.take())
         self.groups += groups
         return groups, stats
 
     def sync(self, version: int | None = None) -> None:
         """New weights: the next version, or the given one."""
         version = self.engine.version + 1 if version is None else version
-        self.run(self.engine.update_weights((), version))
+        self.run(self.swap(version))
+
+    async def swap(self, version: int) -> None:
+        """What a sync does."""
+        await self.shared.hold()
+        await self.shared.release(version)
 
     def stages(self, count: int) -> None:
         """Stages with a weight update after each."""
@@ -183,6 +191,7 @@ class Rollout:
             assert len(segment.token_ids) == len(segment.logprobs)
             for token, logprob in zip(segment.token_ids, segment.logprobs, strict=True):
                 expected = simulate_token(
+                    segment.version,
                     segment.version,
                     prefix,
                     seed,
@@ -231,13 +240,3 @@ def rollout() -> Iterator[Callable[..., Rollout]]:
     yield make
     for one in made:
         one.close()
-
-
-@pytest.fixture
-def loop() -> Iterator[VirtualClockLoop]:
-    """An event loop on virtual time."""
-    made = VirtualClockLoop()
-    yield made
-    leftovers = asyncio.all_tasks(made)
-    made.close()
-    assert not leftovers
