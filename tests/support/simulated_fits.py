@@ -62,6 +62,9 @@ class Noting:
     def explain(self, weights: Weights) -> str:
         return self.transport.explain(weights)
 
+    def close(self) -> None:
+        self.transport.close()
+
 
 class LoggingModule(CoprisModule):
     """Writes down every training step."""
