@@ -15,8 +15,17 @@ from some_rewards import ShareOfDigits
 
 from copris_lightning import CoprisModule, RolloutDataModule, VLLMEngine, WeightSync
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.weights.files import FilesTransport
+from copris_lightning.weights.transport import Run, Transport
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+class ShardedEngine(VLLMEngine):
+    """A vLLM engine whose weights come in many shards, cut anywhere."""
+
+    def transport(self, rank: int, run: Run) -> Transport:
+        return FilesTransport(self, None, rank, run, shard_bytes=20_000)
 
 
 @pytest.mark.models
@@ -32,7 +41,7 @@ def test_an_architecture_trains_on_the_real_engine(
         str(checkpoint),
         prompts=SomePrompts(),
         reward=ShareOfDigits(),
-        engine=VLLMEngine(cpu_engine_args),
+        engine=ShardedEngine(cpu_engine_args),
         cap=12,
         batch_groups=2,
         group_size=4,

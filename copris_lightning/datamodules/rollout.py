@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Iterator
 from itertools import islice
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from copris_lightning.core.estimator.advantage import grpo
@@ -37,7 +36,7 @@ from copris_lightning.datamodules.ranks import Exchange
 from copris_lightning.datamodules.sampling import Evaluation, Sampling
 from copris_lightning.datamodules.sealed import Sealed
 from copris_lightning.datamodules.settings import KEY, RolloutSettings
-from copris_lightning.engines.engine import Engine, EngineSpec, RankedSync
+from copris_lightning.engines.engine import Engine, EngineSpec
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.pretrained import (
     context_length,
@@ -53,7 +52,7 @@ from copris_lightning.rollout.session import RolloutSession
 from copris_lightning.runs.directory import directory_of
 from copris_lightning.runs.resume import attach
 from copris_lightning.trainer_parts import callbacks
-from copris_lightning.weights.transport import Weights
+from copris_lightning.weights.transport import Transport, Weights
 
 T = TypeVar("T")
 
@@ -204,7 +203,8 @@ class RolloutDataModule(L.LightningDataModule):
         self._stop_ids: tuple[int, ...] = ()
         self.exchange: Exchange | None = None
         """Between ranks, from ``setup`` on."""
-        self._send: Callable[[], None] | None = None
+        self.transport: Transport | None = None
+        """This rank's way of weights to the engine, from the first sync on."""
         self._probe_tokens = 0
         self._last_state: dict[str, Any] = {}
 
@@ -318,7 +318,9 @@ class RolloutDataModule(L.LightningDataModule):
     def close(self) -> None:
         """End the rollout thread, the engine's processes and the reward's. May be called twice."""
         session, self.session = self.session, None
-        self._send = None
+        transport, self.transport = self.transport, None
+        if transport is not None:
+            transport.close()
         if session is not None:
             try:
                 # A checkpoint may still be asked for, as by `trainer.save_checkpoint` after `fit`.
@@ -364,29 +366,23 @@ class RolloutDataModule(L.LightningDataModule):
             WeightSyncError: they did not arrive.
         """
         assert self.exchange is not None
-        if self._send is None and isinstance(self.engine, RankedSync):
-            self._send = self.engine.new_sender(weights, self.exchange.rank, self._run)
-        if self._send is None:
-            whole = self.whole_weights(weights)
-            with self.exchange.leading():
-                self._run(self.engine.update_weights(whole.items(), version))
-        else:
-            ranked = cast("RankedSync", self.engine)
-            with self.exchange.leading():
-                self._run(ranked.begin_update())
-            self._send()
-            with self.exchange.leading():
-                self._run(ranked.finish_update(version))
+        if self.transport is None:
+            self.transport = self.engine.transport(self.exchange.rank, self._run)
+        with self.exchange.leading():
+            self._run(self.engine.hold())
+        with self.exchange.leading():
+            self.transport.send(weights)
+            self._run(self.engine.release(version))
         if self.training is not None:
             self.training.advance(version)
 
-    def whole_weights(self, weights: Weights) -> dict[str, Tensor]:
-        """Copies of all weights in host memory, on rank 0; all ranks must ask."""
-        whole = {}
-        for name, tensor in weights():
-            if self.session is not None:
-                whole[name] = tensor.to("cpu", copy=True)
-        return whole
+    def explain(self, weights: Weights) -> str:
+        """Which of the weights the engine does not compute with; all ranks must ask, and rank 0 is
+        answered."""
+        assert self.exchange is not None
+        assert self.transport is not None
+        with self.exchange.leading():
+            return self.transport.explain(weights)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T | None:
         """On the rollout thread; nothing on ranks that have none."""

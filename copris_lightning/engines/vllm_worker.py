@@ -85,8 +85,9 @@ class CoprisWorkerExtension(_Worker):
         """Before vLLM's own weight transfer: look on, until :meth:`transfer_report`."""
         model: Any = self._model()
         load = type(model).load_weights
-        if hasattr(self, "_looking_on"):
-            self._looking_on.close()  # on a transfer that failed
+        failed: ExitStack | None = getattr(self, "_looking_on", None)
+        if failed is not None:
+            failed.close()
         self._looking_on = ExitStack()
         self._new_arrival().begin()
         watched = self._looking_on.enter_context(self._arrival.watching())

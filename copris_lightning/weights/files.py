@@ -103,7 +103,7 @@ class FilesTransport:
         self._write(weights, lambda path: None)
 
     def restore(self) -> None:
-        """Give the kept set to an engine that has booted again. Other ranks need not be there.
+        """Give the kept set to an engine that has booted again.
 
         Raises:
             WeightSyncError: there is no finished set, or the engine did not take it.

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
+from weakref import finalize
 
 import torch
 from safetensors.torch import save_file
@@ -38,6 +39,7 @@ class KeptSet:
         self._prefix = prefix
         self._shard_bytes = shard_bytes
         self._folder: Path | None = None
+        self._removal: Callable[[], object] = bool
         self._sends = 0
 
     def write(self, weights: Weights, then: Callable[[Path], None]) -> None:
@@ -76,23 +78,23 @@ class KeptSet:
         Raises:
             WeightSyncError: nothing was written yet, or not to the end.
         """
-        manifest = {"is_complete": False, "files": []}
         if self._folder is not None:
             manifest = json.loads((self._folder / "manifest.json").read_text())
-        if self._folder is None or not manifest["is_complete"]:
-            raise WeightSyncError("no finished set of weights is kept; they have to be sent again")
-        return [self._folder / name for name in manifest["files"]]
+            if manifest["is_complete"]:
+                return [self._folder / name for name in manifest["files"]]
+        raise WeightSyncError("no finished set of weights is kept; they have to be sent again")
 
     def remove(self) -> None:
-        """Remove the files. May be called twice."""
-        folder, self._folder = self._folder, None
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        """Remove the files, which also happens when Python ends. May be called twice."""
+        self._folder = None
+        self._removal()
 
     def _own_folder(self) -> Path:
         if self._folder is None:
             parent, prefix = os.path.split(self._prefix)
-            self._folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
+            self._removal = finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            self._folder = Path(folder)
         return self._folder
 
     def _written(self, folder: Path, passing: Iterator[tuple[str, Tensor]]) -> Iterator[Path]:
@@ -126,13 +128,24 @@ def shards(tensors: Iterable[tuple[str, Tensor]], limit: int | None) -> Iterator
         shards in order, each with at least one tensor, and emptied when the next is asked for.
     """
     shard: dict[str, Tensor] = {}
+    # One block for all shards: many small ones would not go back to the system in between.
+    block = torch.empty(0, dtype=torch.uint8)
     size = 0
     for name, tensor in tensors:
-        if shard and limit is not None and size + tensor.nbytes > limit:
+        start = size + -size % tensor.element_size()
+        if shard and limit is not None and start + tensor.nbytes > limit:
             yield shard
             shard.clear()
-            size = 0
-        shard[name] = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
-        size += tensor.nbytes
+            start = 0
+        size = start + tensor.nbytes
+        if limit is None or tensor.nbytes > limit:
+            block = torch.empty(0, dtype=torch.uint8)
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+        else:
+            if not len(block):
+                block = torch.empty(limit, dtype=torch.uint8)
+            copy = block[start:size].view(tensor.dtype).view(tensor.shape)
+        shard[name] = copy.copy_(tensor.detach())
+        del copy
     if shard:
         yield shard

@@ -26,9 +26,9 @@ def test_a_staged_run_with_vllms_transfer_and_a_sleeping_engine(
 ) -> None:
     import file_transfer
 
-    from copris_lightning.rollout import weight_transfer
+    from copris_lightning.weights import vllm_transfer
 
-    monkeypatch.setattr(weight_transfer, "IPCTrainerInitInfo", file_transfer.FileInitInfo)
+    monkeypatch.setattr(vllm_transfer, "IPCTrainerInitInfo", file_transfer.FileInitInfo)
     engine = file_transfer.FileTransferEngine(cpu_engine_args)
     sync = WeightSync()
     trainer = L.Trainer(
