@@ -87,7 +87,7 @@ class RolloutScheduler:
         them is raised by the next call.
 
         Raises:
-            EngineError: the engine failed; names the prompt.
+            EngineError: the engine failed; names the prompt if that was asked for.
             RewardError: a reward failed; names the prompt.
             RolloutError: the prompts are used up before the batch is full, or too many groups in
                 a row were dropped.

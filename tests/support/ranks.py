@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -40,6 +40,7 @@ from copris_lightning.policy.pretrained import load_model
 from copris_lightning.policy.sharding import shard
 from copris_lightning.weights.export import as_saved, saved_buffers
 from copris_lightning.weights.gather import full_weights
+from copris_lightning.weights.transport import Transport, Weights
 
 TIME_LIMIT_S = 30
 """Of the default process group: how long one rank may wait for another in a collective."""
@@ -85,6 +86,31 @@ class Recorder(L.Callback):
             self.weights.append(full_state(pl_module.policy.model))
 
 
+class Recorded:
+    """A transport that digests what rank 0 sends."""
+
+    def __init__(self, transport: Transport, rank: int, sent: list[dict[str, str]]) -> None:
+        self.transport = transport
+        self.rank = rank
+        self.sent = sent
+
+    def send(self, weights: Weights) -> None:
+        digests: dict[str, str] = {}
+
+        def noting() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in weights():
+                if self.rank == 0:
+                    digests[name] = digest(tensor)
+                yield name, tensor
+
+        self.transport.send(noting)
+        if self.rank == 0:
+            self.sent.append(digests)
+
+    def explain(self, weights: Weights) -> str:
+        return self.transport.explain(weights)
+
+
 def train(
     strategy: str | Strategy,
     checkpoint: Path,
@@ -109,14 +135,8 @@ def train(
     )
     # With a state, which FSDP2 splits too.
     module.optimizer = lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)
-    update = data.engine.update_weights
-
-    async def record(weights: Any, version: int) -> None:
-        weights = list(weights)
-        synced.append({name: digest(tensor) for name, tensor in weights})
-        await update(weights, version)
-
-    data.engine.update_weights = record
+    transport = data.engine.transport
+    data.engine.transport = lambda rank, run: Recorded(transport(rank, run), rank, synced)
     torch.manual_seed(0)  # adapters start from random numbers
     cpu, wall = time.process_time(), time.perf_counter()
     trainer.fit(module, data, ckpt_path=ckpt_path)
