@@ -354,7 +354,8 @@ class VLLMServerEngine:
         if not facts.sees_file:
             raise ConfigurationError(
                 f"{KEY}.sync_directory={self.sync_directory!r}: {server.url} does not see "
-                f"{file.name}, which was just written; name a directory that trainer and servers share"
+                f"{file.name}, which was just written; name a directory that trainer and servers "
+                "share"
             )
         problem = _problem(facts, self._spec)
         if problem is not None:

@@ -193,7 +193,7 @@ class SimulatedEngine:
                 active.kv_version = None
         self._go_on()
 
-    def load(self) -> Load:
+    def load(self) -> Load | None:
         """Requests in slots and beyond them."""
         slots = self._spec.max_num_seqs if self._spec else 0
         going = len(self._going())

@@ -105,7 +105,8 @@ class Figures:
     def received(self, tokens: int, after_stop_string: int) -> None:
         """A chunk came, and some of its last tokens were not kept."""
         self._total["tokens"] += tokens
-        self._dropped["after_stop_string"] += after_stop_string
+        if after_stop_string:
+            self._dropped["after_stop_string"] += after_stop_string
 
     def resent(self, tokens: int) -> None:
         """A trajectory goes on after ``tokens`` of response."""

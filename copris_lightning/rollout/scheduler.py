@@ -87,7 +87,7 @@ class RolloutScheduler:
         them is raised by the next call.
 
         Raises:
-            EngineError: the engine failed; names the prompt.
+            EngineError: the engine failed; names the prompt if that was asked for.
             RewardError: a reward failed; names the prompt.
             RolloutError: the prompts are used up before the batch is full, or too many groups in
                 a row were dropped.
@@ -253,8 +253,9 @@ class RolloutScheduler:
     # -- what the engine's other users tell ------------------------------------------------
 
     def released(self, version: int) -> None:
-        """The engine generates again, under ``version``."""
-        self.buffer.advance(version)
+        """The engine generates again, under ``version``. (A loaded buffer may be ahead of an engine
+        that awaits its first weights.)"""
+        self.buffer.advance(max(version, self.buffer.version))
         self._changed.set()
 
     async def settle(self, *, force: bool = False) -> None:

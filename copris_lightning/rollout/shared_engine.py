@@ -86,7 +86,7 @@ class SharedEngine:
         await self._stop()
 
     async def release(self, version: int) -> None:
-        """Generate again, under ``version``.
+        """Generate again, under ``version``, with nothing that was computed with other weights.
 
         Raises:
             EngineError: the engine failed.
@@ -125,13 +125,13 @@ class SharedEngine:
             await tenant.settle(force=force)
 
     async def _release(self, version: int | None) -> None:
-        """By default to go on under the present version."""
+        """``None`` to go on with the same weights, if a hold does not await others."""
         async with self._switch:
             if version is None and (self._awaits_release or self._runs):
                 return
-            now = self.engine.version
-            version = now if version is None else version
-            await self.engine.release(version, clear_kv=version != now)
+            has_new_weights = version is not None
+            version = self.engine.version if version is None else version
+            await self.engine.release(version, clear_kv=has_new_weights)
             self._awaits_release, self._runs, self.is_held = False, True, False
             for tenant in self._tenants:
                 tenant.released(version)

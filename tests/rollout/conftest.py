@@ -39,7 +39,12 @@ class RecordingEngine(SimulatedEngine):
     def __init__(self, lengths: LengthModel, faults: Faults, stream_interval: int = 1) -> None:
         super().__init__(lengths, StepTime(0.02, 0.0002), faults, stream_interval)
         self.requests: list[GenerationRequest] = []
+        self.releases: list[tuple[int, bool]] = []
         self.emitted: dict[int, list[int]] = {}
+
+    async def release(self, version: int, *, clear_kv: bool = True) -> None:
+        self.releases.append((version, clear_kv))
+        await super().release(version, clear_kv=clear_kv)
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)

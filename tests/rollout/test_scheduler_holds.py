@@ -163,6 +163,16 @@ def test_a_take_waits_while_the_engine_is_held_for_weights(rollout):
     assert {v for group in groups for t in group.trajectories for v in t.versions} == {3}
 
 
+def test_kv_is_kept_between_two_stages_and_cleared_where_weights_may_be_new(rollout):
+    run = rollout()
+    run.collect()
+    run.collect()
+    run.sync(0)  # other weights may bear the version that the engine booted with
+    run.collect()
+    run.collect()
+    assert run.engine.releases == [(0, False), (0, False), (0, True), (0, False)]
+
+
 # -- several on one engine -----------------------------------------------------------------
 
 
