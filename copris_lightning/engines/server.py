@@ -185,13 +185,9 @@ class VLLMServerEngine:
                 async with aclosing(pieces):
                     async for piece in pieces:
                         tokens += piece.token_ids
-                        ending = piece.reason
-                        if ending == "abort":
-                            if endings == self._gate.endings:
-                                raise LostError(
-                                    f"{server.url} ended {request.request_id} by itself"
-                                )
-                            ending = "held"
+                        if piece.reason == "abort" and endings == self._gate.endings:
+                            raise LostError(f"{server.url} ended a response by itself")
+                        ending = _ENDINGS[piece.reason]
                         if ending is not None:
                             spans += self._gate.spans(started, piece.made)
                         yield Chunk(
