@@ -113,7 +113,7 @@ class Episode:
     async def _stream(self) -> None:
         """One request, to its end or the hold's."""
         if self._host.is_held:
-            return
+            return  # a hold is on its way to the engine, and would end the request at once
         trajectory, task = self._trajectory, self._host.task
         request = GenerationRequest(
             request_id=self._host.request_id(self.key),

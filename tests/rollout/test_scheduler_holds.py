@@ -26,13 +26,22 @@ def letters(token_ids: Sequence[int]) -> str:
     return "".join(string.ascii_letters[token] for token in token_ids)
 
 
-def swap_at(run: Any, indices: set[int]) -> list[asyncio.Task[None]]:
-    """Swap weights at events, by their index, unless a swap is going on."""
+def swap_at(run: Any, indices: set[int], ticks: int = 0) -> list[asyncio.Task[None]]:
+    """Swap weights at events, by their index, unless a swap is going on.
+
+    Args:
+        ticks: turns of the event loop from the event to the swap.
+    """
     swaps: list[asyncio.Task[None]] = []
+
+    async def swap(version: int) -> None:
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        await run.swap(version)
 
     def look(event: Any) -> None:
         if len(run.events) - 1 in indices and (not swaps or swaps[-1].done()):
-            swaps.append(run.loop.create_task(run.swap(run.engine.version + 1)))
+            swaps.append(run.loop.create_task(swap(run.engine.version + 1)))
 
     run.watchers.append(look)
     return swaps
@@ -58,15 +67,15 @@ def check(run: Any) -> None:
     assert balance.delivered == sum(t.response_length for g in run.groups for t in g.trajectories)
 
 
-@pytest.mark.parametrize("interval", [1, 8])
-def test_a_swap_at_any_event_loses_and_mislabels_nothing(rollout, interval):
+@pytest.mark.parametrize(("interval", "ticks"), [(1, 0), (1, 1), (8, 0), (8, 3)])
+def test_a_swap_at_any_event_loses_and_mislabels_nothing(rollout, interval, ticks):
     config = {**SMALL, "faults": ODD, "stream_interval": interval}
     plain = rollout(**config)
     take(plain, [], 3)
     assert {event.kind for event in plain.events} >= {"start", "resume", "finish", "score"}
     for index in range(len(plain.events)):
         run = rollout(**config)
-        swaps = swap_at(run, {index})
+        swaps = swap_at(run, {index}, ticks)
         take(run, swaps, 4)
         assert len(swaps) == 1
         assert run.engine.version == 1
@@ -79,11 +88,14 @@ def test_a_swap_at_any_event_loses_and_mislabels_nothing(rollout, interval):
     indices=st.sets(st.integers(0, 250), max_size=40),
     interval=st.sampled_from([1, 3, 8]),
     cap=st.integers(1, 9),
+    ticks=st.integers(0, 4),
     seed=st.integers(0, 5),
 )
-def test_swaps_at_many_events_lose_and_mislabel_nothing(rollout, indices, interval, cap, seed):
+def test_swaps_at_many_events_lose_and_mislabel_nothing(
+    rollout, indices, interval, cap, ticks, seed
+):
     run = rollout(**{**SMALL, "cap": cap}, faults=ODD, stream_interval=interval, seed=seed)
-    take(run, swap_at(run, indices), 8)
+    take(run, swap_at(run, indices, ticks), 8)
     check(run)
     run.close()
 
