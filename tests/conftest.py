@@ -62,12 +62,15 @@ def cpu_engine_args() -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def running_vllm(tiny_checkpoint: Path) -> Iterator[object]:
-    """``(engine, call)``: a booted engine and a function that runs coroutines on its loop."""
+    """``(engine, call)``: a booted engine, held, and a function that runs coroutines on its loop.
+
+    It holds back tokens as engines in earnest do.
+    """
     from copris_lightning.engines.engine import EngineSpec
     from copris_lightning.engines.vllm import VLLMEngine
     from copris_lightning.rollout.loop_thread import LoopThread
 
-    engine = VLLMEngine(dict(CPU_ENGINE_ARGS))
+    engine = VLLMEngine({**CPU_ENGINE_ARGS, "stream_interval": 8})
     loop = LoopThread(engine.new_event_loop)
     try:
         loop.call(engine.start(EngineSpec(str(tiny_checkpoint), 16, 257, vocab_size=98)))

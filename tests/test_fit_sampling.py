@@ -35,9 +35,9 @@ class Asked(SimulatedEngine):
         self.started = True
         await super().start(spec)
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
-        async with aclosing(super().generate(request)) as chunks:
+        async with aclosing(super().stream(request)) as chunks:
             async for chunk in chunks:
                 self.chunks.append(chunk)
                 yield chunk

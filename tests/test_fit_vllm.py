@@ -148,7 +148,15 @@ def test_with_learning_rate_zero_every_importance_ratio_is_one(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path, source: str
 ) -> None:
     engine = VLLMEngine(cpu_engine_args)
-    _, recorder = fit(tiny_checkpoint, engine, tmp_path, lr=0.0, steps=5, behavior_logprobs=source)
+    _, recorder = fit(
+        tiny_checkpoint,
+        engine,
+        tmp_path,
+        lr=0.0,
+        steps=5,
+        max_staleness=1,
+        behavior_logprobs=source,
+    )
     rows = [t for groups in recorder.batches for g in groups for t in g.trajectories]
     assert any(len(t.segments) > 1 for t in rows)
     assert max(s.version for t in rows for s in t.segments) >= 3

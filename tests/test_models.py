@@ -16,8 +16,17 @@ from some_rewards import ShareOfDigits
 
 from copris_lightning import CoprisModule, VLLMEngine, WeightSync
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.weights.files import FilesTransport
+from copris_lightning.weights.transport import Run, Transport
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+class ShardedEngine(VLLMEngine):
+    """A vLLM engine whose weights come in many shards, cut anywhere."""
+
+    def transport(self, rank: int, run: Run) -> Transport:
+        return FilesTransport(self, None, rank, run, shard_bytes=20_000)
 
 
 @pytest.mark.models
@@ -29,7 +38,7 @@ def test_an_architecture_trains_on_the_real_engine(
     module = small_module(checkpoint, lr=0.5)
     data = small_data(
         checkpoint,
-        VLLMEngine(cpu_engine_args),
+        ShardedEngine(cpu_engine_args),
         prompts=SomePrompts(),
         reward=ShareOfDigits(),
         groups=2,

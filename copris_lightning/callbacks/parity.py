@@ -142,11 +142,9 @@ class ParityProbe:
     def _fail(
         self, data: RolloutDataModule, weights: Weights, version: int, found: Difference
     ) -> None:
-        whole = data.whole_weights(weights)
+        cause = data.explain(weights)
 
         def fail() -> None:
-            assert data.session is not None
-            cause = data.session.call(data.engine.explain_mismatch(whole.items()))
             raise ParityError(
                 f"after the sync of version {version} the engine's log-probs differ from the "
                 f"trainer's by up to {found.largest:.3g} nats, {found.mean:.3g} on average; "

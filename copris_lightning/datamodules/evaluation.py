@@ -28,7 +28,7 @@ def evaluate(
 ) -> Iterator[EvaluationBatch]:
     """Sample k responses to every prompt of an evaluation, a batch's worth of prompts at a time.
 
-    It has a buffer of its own on the engine, which training leaves idle between stages. What is
+    It has a buffer of its own on the engine that it shares with training, under one cap. What is
     unfinished after one batch is carried over to the next, under the same weights.
     """
     stream, size = run.evaluations[name], run.settings.batch.groups
@@ -39,7 +39,7 @@ def evaluate(
         assert session is not None
         assert scheduler is not None
         scheduler.buffer.batch_groups = min(size, len(stream) - start)
-        groups, _ = session.call(scheduler.collect(), watch=True)
+        groups, _ = session.call(scheduler.take(), watch=True)
         return _batch(session, groups, name, evaluation)
 
     try:

@@ -21,7 +21,7 @@ from copris_lightning.datamodules.ranks import Ranks
 from copris_lightning.datamodules.scoring import score_behavior, score_proximal
 from copris_lightning.datamodules.stage_meter import RolloutProgress, StageMeter
 from copris_lightning.datamodules.steps import epoch_micro_batches
-from copris_lightning.engines.engine import Decoding, Resting
+from copris_lightning.engines.engine import Decoding
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.filters import ZeroVarianceFilter
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler
@@ -140,11 +140,6 @@ class Feed:
             self.batch = replace(batch, position=batch.position + 1)
             yield batch.micro_batches[batch.position]
 
-    def advance(self, version: int) -> None:
-        """The engine has the weights of ``version`` from now on."""
-        if self._session is not None and self.scheduler is not None:
-            self._session.call(_advance(self.scheduler.buffer, version), watch=False)
-
     def progress(self) -> RolloutProgress:
         """Where the running stage is; may be asked from any thread, on rank 0."""
         assert self.scheduler is not None
@@ -167,13 +162,11 @@ class Feed:
         self._check_synced(self.scheduler.buffer.version)
         if not self.batch.is_undivided:
             self._session.call(self._taken(self.scheduler), watch=True)
-        if isinstance(self._session.engine, Resting):
-            self._session.call(self._session.engine.rest())
 
     async def _taken(self, scheduler: RolloutScheduler) -> None:
         """Keep the groups before anything can interrupt: they have left the buffer."""
         with self.meter.running():
-            groups, stats = await scheduler.collect()
+            groups, stats = await scheduler.take()
         self.batch = Batch(
             index=self.batch.index + 1,
             version=scheduler.buffer.version,
@@ -321,11 +314,6 @@ def _scheduler(
         accept=accept,
         observer=observe,
     )
-
-
-async def _advance(buffer: CarryOverBuffer, version: int) -> None:
-    assert not buffer.in_flight, "a sync between stages finds nothing in flight"
-    buffer.advance(version)
 
 
 async def _snapshot(buffer: CarryOverBuffer) -> dict[str, Any]:

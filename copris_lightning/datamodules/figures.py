@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.credit import mean_reward
-from copris_lightning.rollout.scheduler import StageStats
+from copris_lightning.rollout.figures import StageStats
 
 
 def stage_figures(stats: StageStats) -> dict[str, float]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from copris_lightning.rollout.scheduler import QueuedPrompt
+from copris_lightning.rollout.task import QueuedPrompt
 
 _SIZE = 8
 _PLAIN_REPR = (

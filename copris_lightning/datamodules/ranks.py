@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -72,6 +72,16 @@ class Ranks:
 
         self.deal(alone)
         return results[0] if results else None
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Every rank does its part, the others besides rank 0; its own part's result. Raises as
+        :meth:`deal`, once all have done theirs."""
+        if self.rank > 0:
+            own = work()
+            self.lead(work)
+            return own
+        result = self.lead(work)
+        return cast("T", result)
 
     def gather(self, value: T) -> list[T] | None:
         """Every rank gives a value; rank 0 gets them all, in rank order."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterator
 from functools import partial
 from itertools import islice
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from torch import Tensor
 
 from copris_lightning.datamodules.checkpoint_file import check_resumed
 from copris_lightning.datamodules.checks import (
@@ -36,15 +35,16 @@ from copris_lightning.datamodules.settings import (
     RolloutSettings,
     Task,
 )
-from copris_lightning.engines.engine import Engine, RankedSync
+from copris_lightning.engines.engine import Engine
 from copris_lightning.errors import under
 from copris_lightning.rollout.rewards import RewardScorer
 from copris_lightning.rollout.scheduler import Event
 from copris_lightning.rollout.session import RolloutSession
+from copris_lightning.rollout.shared_engine import SharedEngine
 from copris_lightning.runs.directory import directory_of
 from copris_lightning.runs.resume import attach
 from copris_lightning.trainer_parts import callbacks
-from copris_lightning.weights.transport import Weights
+from copris_lightning.weights.transport import Transport, Weights
 
 T = TypeVar("T")
 
@@ -92,9 +92,10 @@ class RolloutDataModule(L.LightningDataModule):
         """Micro-batches for training, in ``fit``."""
         self.has_begun = False
         """Whether ``fit`` is past restoring and starting, so that there is something to save."""
+        self.transport: Transport | None = None
+        """This rank's way of weights to the engine, from the first sync on."""
         self._ranks: Ranks | None = None
         self._prepared: Preparation | None = None
-        self._send: Callable[[], None] | None = None
         self._last_state: dict[str, Any] = {}
 
     @property
@@ -172,7 +173,9 @@ class RolloutDataModule(L.LightningDataModule):
     def close(self) -> None:
         """End the rollout thread, the engine's processes and the reward's. May be called twice."""
         session, self.session = self.session, None
-        self._send = None
+        transport, self.transport = self.transport, None
+        if transport is not None:
+            transport.close()
         if session is not None:
             try:
                 # A checkpoint may still be asked for, as by `trainer.save_checkpoint` after `fit`.
@@ -191,26 +194,24 @@ class RolloutDataModule(L.LightningDataModule):
         Raises:
             WeightSyncError: they did not arrive.
         """
-        if self._send is None and isinstance(self.engine, RankedSync):
-            self._send = self.engine.new_sender(weights, self.ranks.rank, self._run)
-        if self._send is None:
-            whole = self.whole_weights(weights)
-            self.ranks.lead(lambda: self._run(self.engine.update_weights(whole.items(), version)))
-        else:
-            ranked = cast("RankedSync", self.engine)
-            self.ranks.lead(lambda: self._run(ranked.begin_update()))
-            self._send()
-            self.ranks.lead(lambda: self._run(ranked.finish_update(version)))
-        if self.feed is not None:
-            self.feed.advance(version)
+        if self.transport is None:
+            self.transport = self.engine.transport(self.ranks.rank, self._run)
+        transport = self.transport
 
-    def whole_weights(self, weights: Weights) -> dict[str, Tensor]:
-        """Copies of all weights in host memory, on rank 0; all ranks must ask."""
-        whole = {}
-        for name, tensor in weights():
-            if self.session is not None:
-                whole[name] = tensor.to("cpu", copy=True)
-        return whole
+        def call(work: Callable[[SharedEngine], Coroutine[Any, Any, None]]) -> None:
+            assert self.session is not None
+            self.session.call(work(self.session.shared))
+
+        self.ranks.lead(lambda: call(SharedEngine.hold))
+        self.ranks.together(lambda: transport.send(weights))
+        self.ranks.lead(lambda: call(lambda shared: shared.release(version)))
+
+    def explain(self, weights: Weights) -> str:
+        """Which of the weights the engine does not compute with; all ranks must ask, and rank 0 is
+        answered."""
+        transport = self.transport
+        assert transport is not None
+        return self.ranks.together(lambda: transport.explain(weights))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T | None:
         """On the rollout thread; nothing on ranks that have none."""

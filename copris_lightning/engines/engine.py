@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-from torch import Tensor
-
-from copris_lightning.core.outcome import FinishReason
 from copris_lightning.core.sampling import Sampling
+from copris_lightning.core.segments import Span
 from copris_lightning.weights.adapter import AdapterShape
-from copris_lightning.weights.transport import Run, Weights
+from copris_lightning.weights.transport import Run, Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +49,10 @@ class GenerationRequest:
     seed: int
 
 
+Ending = Literal["stop", "length", "held"]
+"""Why a stream ended: a token that ends the response, the budget, or :meth:`Engine.hold`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Newly generated tokens.
@@ -59,14 +61,35 @@ class Chunk:
         token_ids: in order; may be empty.
         logprobs: natural log, of the distribution sampled from; ``None`` if
             the request asked for none.
-        version: the policy version of the weights that produced them.
-        finish_reason: set on a request's last chunk.
+        version: the policy version that made them, as far as is known when the chunk comes: never
+            newer than the truth, which the spans tell.
+        ending: set on a stream's last chunk.
+        spans: on a stream's last chunk, over all tokens of the stream, oldest first; their lengths
+            add up to the tokens of all its chunks. Empty before.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     version: int
-    finish_reason: FinishReason | None = None
+    ending: Ending | None = None
+    spans: tuple[Span, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy an engine is.
+
+    Attributes:
+        running: requests that it is generating.
+        waiting: requests that it has no room for yet.
+        kv_usage: share of the KV cache in use, from 0 to 1; ``None`` if it does not tell.
+        preemptions: requests put back for want of room, since it started.
+    """
+
+    running: int
+    waiting: int
+    kv_usage: float | None = None
+    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +119,8 @@ class EngineSpec:
 class Engine(Protocol):
     """Generates tokens. All coroutines run on the loop that :meth:`new_event_loop` made.
 
-    Cancelling the consumer of :meth:`generate` aborts the request; nothing more of it is
-    produced. :attr:`version` names the weights in use.
+    It is either running or held. It is held when it has started, and after :meth:`hold`; requests
+    that come meanwhile wait. :meth:`release` lets it run under a policy version.
     """
 
     @property
@@ -118,31 +141,46 @@ class Engine(Protocol):
         ...
 
     async def start(self, spec: EngineSpec) -> None:
-        """Boot. Generation may begin when this returns."""
+        """Boot. It is held, and version 0, when this returns."""
         ...
 
-    def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one response, token ids in and token ids out.
+
+        Closing the generator early aborts the request and throws away what was not read.
 
         Raises:
             EngineError: the engine died or refused the request.
         """
         ...
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Replace the weights; no request may be in flight.
+    async def hold(self, *, keep: bool = False) -> None:
+        """Stop generating.
 
         Args:
-            weights: names as in the checkpoint, full tensors, tied weights once.
-            version: what tokens made with them are labelled from now on.
-
-        Raises:
-            WeightSyncError: requests are in flight, or the weights did not arrive.
+            keep: leave all requests where they are, with their keys and values; their streams go
+                on after the release. Otherwise every open stream ends: its last chunk, ``"held"``,
+                brings all tokens that were made and not yet read. Nobody need read them for this
+                to return.
         """
         ...
 
+    async def release(self, version: int, *, clear_kv: bool = True) -> None:
+        """Generate again; tokens made from now on bear ``version``.
+
+        Args:
+            version: not below the present one.
+            clear_kv: forget keys and values computed before, prefixes of later requests included.
+        """
+        ...
+
+    def load(self) -> Load | None:
+        """How busy it is; ``None`` if it does not tell."""
+        ...
+
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
-        """Log-probs under the model's own distribution of each sequence's tokens after its first.
+        """Log-probs under the model's own distribution of each sequence's tokens after its first;
+        also while held.
 
         Returns:
             one list of ``len(sequence) - 1`` values per sequence, or ``None`` from an engine
@@ -150,60 +188,19 @@ class Engine(Protocol):
         """
         ...
 
-    async def explain_mismatch(self, weights: Iterable[tuple[str, Tensor]]) -> str:
-        """Say which of the given weights the engine does not compute with (after a mismatch)."""
+    def transport(self, rank: int, run: Run) -> Transport:
+        """The way of weights to this engine, made once on every rank of the trainer.
+
+        Args:
+            rank: of this process in the trainer; rank 0 has started the engine.
+            run: on rank 0, reaches the engine's loop from the main thread.
+        """
         ...
 
     async def close(self) -> None:
         """Free everything. May be called twice, and after a failure."""
         ...
 
-
-@runtime_checkable
-class RankedSync(Protocol):
-    """An engine that can take weights from all of the trainer's ranks, with no copy in between."""
-
-    def new_sender(self, weights: Weights, rank: int, run: Run) -> Callable[[], None] | None:
-        """Make the sending side, on each rank; the engine has started.
-
-        Args:
-            weights: what is sent each time.
-            rank: of this process in the trainer; rank 0 has the engine.
-            run: on rank 0, reaches the engine.
-
-        Returns:
-            a function that sends the weights, to be called on each rank between
-            :meth:`begin_update` and :meth:`finish_update`; ``None`` if the engine is set to take
-            them by ``update_weights`` instead.
-        """
-        ...
-
-    async def begin_update(self) -> None:
-        """Be ready for weights.
-
-        Raises:
-            WeightSyncError: requests are in flight.
-        """
-        ...
-
-    async def finish_update(self, version: int) -> None:
-        """Drop what was computed with the old weights; new tokens bear ``version``."""
-        ...
-
-
-@runtime_checkable
-class Resting(Protocol):
-    """An engine that can leave its memory to the trainer."""
-
-    async def rest(self) -> None:
-        """Give memory away until the next request or update; no request may be in flight."""
-        ...
-
-
-@runtime_checkable
-class Killable(Protocol):
-    """An engine with processes of its own, which must be ended even if its loop hangs."""
-
     def kill(self) -> None:
-        """Kill them at once; called from another thread."""
+        """End what is left of it at once; called from another thread, when its loop hangs."""
         ...

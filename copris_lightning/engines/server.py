@@ -8,15 +8,18 @@ import logging
 import math
 import os
 import resource
+import tempfile
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
-from torch import Tensor
 
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.core.segments import Span
+from copris_lightning.engines.engine import Chunk, Ending, EngineSpec, GenerationRequest, Load
+from copris_lightning.engines.gate import Gate
 from copris_lightning.engines.server_client import (
     LostError,
     RefusedError,
@@ -25,7 +28,8 @@ from copris_lightning.engines.server_client import (
     VLLMServer,
 )
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-from copris_lightning.weights.files import check_hand_over, handed_over
+from copris_lightning.weights.files import FilesTransport, check_hand_over, hand_over_prefix
+from copris_lightning.weights.transport import Run, Transport
 
 T = TypeVar("T")
 
@@ -34,6 +38,14 @@ API_KEY_VARIABLE = "VLLM_API_KEY"
 
 _OTHER_FILES = 256
 """Files that a trainer has open besides one connection per trajectory in flight, at most."""
+
+_ENDINGS: dict[str | None, Ending | None] = {
+    None: None,
+    "stop": "stop",
+    "length": "length",
+    "abort": "held",
+}
+"""Of vLLM's finish reasons."""
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +56,10 @@ class VLLMServerEngine:
     A server that dies or falls silent takes nothing with it: what it was generating goes on
     elsewhere, from the last token received. It is left out until the next weight sync, which
     takes it back if it answers again. When none is left, requests fail.
+
+    Tokens are labelled by the servers: spans come with the end of each response. Of what a server
+    made that was lost within a response they are not known; it bears the version under which the
+    request went there, the oldest that it can be.
 
     Args:
         urls: of the servers, such as ``http://10.0.0.7:8000``; they serve this run alone.
@@ -72,7 +88,8 @@ class VLLMServerEngine:
         self.connect_timeout_s = connect_timeout_s
         self.stall_timeout_s = stall_timeout_s
         self.sync_timeout_s = sync_timeout_s
-        self._version = 0
+        self._gate = Gate()
+        self._keeps = self._has_new_weights = False
         self._turn = itertools.count()
         self._spec: EngineSpec | None = None
         self._http: aiohttp.ClientSession | None = None
@@ -81,7 +98,7 @@ class VLLMServerEngine:
     @property
     def version(self) -> int:
         """Policy version of the weights that generate now."""
-        return self._version
+        return self._gate.version
 
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         """An ordinary asyncio loop."""
@@ -106,7 +123,7 @@ class VLLMServerEngine:
         for name in ("connect_timeout_s", "stall_timeout_s", "sync_timeout_s"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigurationError(f"{name}={getattr(self, name)} must be a number above 0")
-        check_hand_over(self.sync_directory)
+        check_hand_over(self.sync_directory, spec.model)
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         needed = spec.max_num_seqs + _OTHER_FILES
         if files != resource.RLIM_INFINITY and files < needed:
@@ -145,41 +162,86 @@ class VLLMServerEngine:
                 "wait: start them with a larger --max-num-seqs"
             )
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one response, by as many servers as it takes. See :class:`Engine`."""
-        decoding = request.decoding
-        tokens = list(request.token_ids)
-        end = len(tokens) + request.max_new_tokens
+        endings, nothing = self._gate.endings, () if request.decoding.logprobs else None
+        tokens: list[int] = []
+        spans: tuple[Span, ...] = ()
         while True:
-            server = min(self._live(), key=lambda live: live.in_flight)
-            params = {
-                **decoding.sampling.distribution,
-                "logprobs": 0 if decoding.logprobs else None,
-                "max_tokens": end - len(tokens),
-                # Only what is asked for ends a response, as in VLLMEngine.
-                "stop_token_ids": decoding.stop_token_ids,
-                "ignore_eos": True,
-                "seed": (request.seed + len(tokens)) % 2**63 if self.request_seeds else None,
-            }
+            begun = len(tokens)
+            async with self._gate.passing(endings) as may_pass:
+                if not may_pass:
+                    yield Chunk((), nothing, self.version, "held", spans)
+                    return
+                server, started = min(self._live(), key=lambda live: live.in_flight), self.version
+                pieces = server.generate(self._body(request, tokens))
             try:
-                stream = server.generate(tuple(tokens), params, request.request_id)
-                async with aclosing(stream) as parts:
-                    async for token_ids, logprobs, reason in parts:
-                        tokens += token_ids
-                        yield Chunk(token_ids, logprobs, self._version, reason)
+                async with aclosing(pieces):
+                    async for piece in pieces:
+                        tokens += piece.token_ids
+                        if piece.reason == "abort" and endings == self._gate.endings:
+                            raise LostError(f"{server.url} ended a response by itself")
+                        ending = _ENDINGS[piece.reason]
+                        if ending is not None:
+                            spans += self._gate.spans(started, piece.made)
+                        yield Chunk(
+                            piece.token_ids,
+                            nothing if not piece.token_ids else piece.logprobs,
+                            started,
+                            ending,
+                            spans if ending else (),
+                        )
                 return
             except (LostError, RefusedError) as error:
                 self._lose(server, error)
+                spans += self._gate.spans(started, [(len(tokens) - begun, started)])
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Have all servers load the weights, also those that were lost and answer again."""
-        in_flight = sum(server.in_flight for server in self._servers)
-        if in_flight:
-            raise WeightSyncError(f"{in_flight} requests are in flight during a sync")
-        await _all(self._readmit(server) for server in self._servers if server.lost)
-        with handed_over(weights, self.sync_directory) as path:
-            await self._on_all(lambda server: server.load(path))
-        self._version = version
+    def _body(self, request: GenerationRequest, tokens: list[int]) -> dict[str, Any]:
+        """What a server is asked for, after the response's first tokens."""
+        decoding = request.decoding
+        ids = [*request.token_ids, *tokens]
+        params = {
+            **decoding.sampling.distribution,
+            "logprobs": 0 if decoding.logprobs else None,
+            "max_tokens": request.max_new_tokens - len(tokens),
+            # Only what is asked for ends a response, as in VLLMEngine.
+            "stop_token_ids": decoding.stop_token_ids,
+            "ignore_eos": True,
+            "seed": (request.seed + len(ids)) % 2**63 if self.request_seeds else None,
+            "detokenize": False,
+        }
+        return {
+            "request_id": request.request_id,
+            "token_ids": ids,
+            "sampling_params": params,
+            "cache_salt": str(self.version),
+        }
+
+    async def hold(self, *, keep: bool = False) -> None:
+        """Stop all servers. See :class:`Engine`."""
+        await self._gate.shut(keep=keep)
+        self._keeps = keep
+
+        async def one(server: VLLMServer) -> None:
+            try:
+                await server.hold(keep=keep)
+            except (LostError, RefusedError) as error:
+                self._lose(server, error)
+
+        # A sync may take servers back, even if none is left now.
+        await _all(one(server) for server in self._servers if server.lost is None)
+
+    async def release(self, version: int, *, clear_kv: bool = True) -> None:
+        """Let all servers generate. See :class:`Engine`."""
+        await self._on_all(lambda server: server.release(version, clear_kv=clear_kv))
+        self._keeps = self._has_new_weights = False
+        self._gate.open(version, clear_kv=clear_kv)
+
+    def load(self) -> Load | None:
+        """Counted here, over the servers in use."""
+        live = [server for server in self._servers if server.lost is None]
+        running = sum(min(server.in_flight, server.max_num_seqs) for server in live)
+        return Load(running, sum(server.in_flight for server in live) - running)
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
         """Log-probs of the model's own distribution by the servers' prefill. They take turns, so
@@ -194,18 +256,57 @@ class VLLMServerEngine:
                 except (LostError, RefusedError) as error:
                     self._lose(server, error)
 
-        return await _all(one(tokens) for tokens in sequences)
+        if self._keeps:  # as in VLLMEngine
+            now = self.version + self._has_new_weights
+            await self._on_all(lambda server: server.release(now, clear_kv=False))
+        try:
+            return await _all(one(tokens) for tokens in sequences)
+        finally:
+            if self._keeps:
+                await self._on_all(lambda server: server.hold(keep=True))
 
-    async def explain_mismatch(self, weights: Iterable[tuple[str, Tensor]]) -> str:
-        """Ask every server which tensors differ from these weights."""
+    # -- weights: see :class:`copris_lightning.weights.transport.Receiver` -------------------
+
+    def transport(self, rank: int, run: Run) -> Transport:
+        """Through files that the servers see. See :class:`Engine`."""
+        return FilesTransport(self, self.sync_directory, rank, run)
+
+    async def begin_load(self) -> None:
+        """Take back the servers that were lost and answer again, and get all ready."""
+        if self._gate.is_open:
+            raise WeightSyncError("new weights have come while the servers generate; hold them")
+        await _all(self._readmit(server) for server in self._servers if server.lost is not None)
+        self._has_new_weights = True
+        await self._on_all(lambda server: server.load("begin_shards"))
+
+    async def load_shard(self, path: Path) -> None:
+        """Have all servers load a file."""
+        await self._on_all(lambda server: server.load("load_shard", str(path)))
+
+    async def end_load(self) -> None:
+        """Have them say what arrived.
+
+        Raises:
+            WeightSyncError: not what was sent.
+        """
+        await self._on_all(lambda server: server.end_load())
+
+    async def load_adapter(self, folder: Path) -> None:
+        """Refused by :meth:`validate` already."""
+        raise WeightSyncError("servers take whole weights only")
+
+    async def explain(self, paths: Sequence[Path]) -> str:
+        """Ask every server which tensors differ."""
         answers: list[str] = []
 
-        async def explain(server: VLLMServer) -> None:
-            answers.append(f"{server.url}: {await server.explain_mismatch(path)}")
+        async def one(server: VLLMServer) -> None:
+            answers.append(f"{server.url}: {await server.explain([str(p) for p in paths])}")
 
-        with handed_over(weights, self.sync_directory) as path:
-            await self._on_all(explain)
+        await self._on_all(one)
         return "; ".join(sorted(answers))
+
+    def kill(self) -> None:
+        """There is nothing of theirs to end here."""
 
     async def close(self) -> None:
         """Close the connections; the servers go on."""
@@ -224,12 +325,13 @@ class VLLMServerEngine:
         """
         assert self._spec is not None
         name = f"urls: {server.url}"
+        parent, prefix = os.path.split(hand_over_prefix(self.sync_directory))
         port = urlsplit(server.url).port or 80
         code = " --trust-remote-code" if self._spec.trust_remote_code else ""
         start = f"start it with `copris serve --model {self._spec.model} --port {port}{code}`"
         try:
-            with handed_over((), self.sync_directory) as path:
-                facts = await server.facts(path)
+            with tempfile.NamedTemporaryFile(prefix=prefix, dir=parent) as file:
+                facts = await server.facts(file.name)
         except LostError as error:
             raise ConfigurationError(f"{name} does not answer; {start} ({error})") from error
         except RefusedError as error:
@@ -239,7 +341,7 @@ class VLLMServerEngine:
             raise ConfigurationError(f"{name} is no vLLM server; {start}") from error
         if not facts.sees_file:
             raise ConfigurationError(
-                f"sync_directory={self.sync_directory!r}: {server.url} does not see {path}, "
+                f"sync_directory={self.sync_directory!r}: {server.url} does not see {file.name}, "
                 "which was just written; name a directory that trainer and servers share"
             )
         problem = _problem(facts, self._spec)
@@ -272,7 +374,7 @@ class VLLMServerEngine:
             raise EngineError(f"no server of engine.urls={self.urls} is left: {reasons}")
         return live
 
-    async def _on_all(self, work: Callable[[VLLMServer], Awaitable[None]]) -> None:
+    async def _on_all(self, work: Callable[[VLLMServer], Awaitable[Any]]) -> None:
         """Do something on all servers in use; at least one must live through it."""
 
         async def one(server: VLLMServer) -> None:

@@ -8,12 +8,10 @@ import math
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 
-from copris_lightning.core.outcome import FinishReason
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.errors import EngineError, WeightSyncError
 from copris_lightning.weights.arrival import fault
@@ -23,6 +21,8 @@ T = TypeVar("T")
 _GENERATE = "/inference/v1/generate"
 _LOOK_EVERY_S = 2.0
 """How often to ask, during a call to its engine, whether a server is well, in seconds."""
+_ON_THE_WAY_S = 0.1
+"""How long responses may take to end, once the server has ended them, in seconds."""
 _LEAST_LOGPROB = -9999.0
 """What a server sends for log-probs that JSON cannot hold."""
 
@@ -77,6 +77,23 @@ class ServerFacts:
     sees_file: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a response.
+
+    Attributes:
+        token_ids: new ones.
+        logprobs: theirs, NaN where there is none; ``None`` if none were asked for.
+        reason: on the last, vLLM's finish reason: ``stop``, ``length`` or ``abort``.
+        made: on the last, (length, version) of each run of all tokens.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...] | None
+    reason: str | None
+    made: tuple[tuple[int, int], ...]
+
+
 class VLLMServer:
     """A client of one server that was started with `copris serve`.
 
@@ -90,24 +107,32 @@ class VLLMServer:
 
     Attributes:
         lost: why it is not in use; ``None`` while it is.
-        in_flight: responses that it is generating.
+        max_num_seqs: responses that it generates at once; 0 before it was asked.
     """
 
     def __init__(self, url: str, http: aiohttp.ClientSession, timeouts: Timeouts) -> None:
         self.url = url
         self.lost: str | None = "not contacted yet"
-        self.in_flight = 0
+        self.max_num_seqs = 0
         self._http = http
         self._timeouts = timeouts
         self._heard = 0.0
+        self._reading: set[asyncio.Task[None]] = set()
 
-    async def facts(self, path: Path) -> ServerFacts:
+    @property
+    def in_flight(self) -> int:
+        """Responses that it is generating."""
+        return len(self._reading)
+
+    async def facts(self, path: str) -> ServerFacts:
         """How it was started, and whether it sees a file; also sees to it that it generates."""
         cards = (await self._ask("GET", "/v1/models"))["data"]
-        workers = await self._rpc("describe", path, self._timeouts.connect_s)
-        # A trainer that was killed within a sync has left it paused.
+        workers = await self.rpc("describe", path)
+        # A trainer that was killed may have left it paused, or with requests.
+        await self._pause(keep=False)
         await self._ask("POST", "/resume")
         await self.score((0, 0))
+        self.max_num_seqs = workers[0]["max_num_seqs"]
         return ServerFacts(
             models=frozenset(name for card in cards for name in (card["id"], card["root"])),
             max_model_len=cards[0]["max_model_len"],
@@ -118,49 +143,79 @@ class VLLMServer:
 
     # -- generating ------------------------------------------------------------------------
 
-    async def generate(
-        self, token_ids: Sequence[int], params: dict[str, Any], request_id: str
-    ) -> AsyncGenerator[
-        tuple[tuple[int, ...], tuple[float, ...] | None, FinishReason | None], None
-    ]:
-        """Stream a response; closing the generator aborts it.
+    def generate(self, body: dict[str, Any]) -> AsyncGenerator[Piece, None]:
+        """Stream a response, which begins at once; closing the generator aborts it.
+
+        It is read whether or not anybody reads here, so that :meth:`hold` sees its end.
 
         Args:
-            token_ids: the prompt.
-            params: vLLM's sampling parameters.
-            request_id: for the server's log.
-
-        Yields:
-            new token ids, their log-probs (NaN where there is none; ``None`` if ``params`` ask
-            for none) and the finish reason, which only the last has.
+            body: of the request: ``request_id`` (for the server's log), ``token_ids``,
+                ``sampling_params``, ``cache_salt``.
         """
-        body = {
-            "request_id": request_id,
-            "token_ids": token_ids,
-            "sampling_params": {**params, "detokenize": False},
-            "stream": True,
-        }
-        if not self.in_flight:
+        pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        if not self._reading:
             self._heard = asyncio.get_running_loop().time()
-        self.in_flight += 1
+        reading = asyncio.create_task(self._read_into(pieces, body))
+        self._reading.add(reading)
+        reading.add_done_callback(self._reading.discard)
+        return self._pieces(pieces, reading)
+
+    @staticmethod
+    async def _pieces(
+        pieces: asyncio.Queue[Piece | Exception], reading: asyncio.Task[None]
+    ) -> AsyncGenerator[Piece, None]:
         try:
-            async with aclosing(self._events(body)) as events:
+            while True:
+                piece = await pieces.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                yield piece
+                if piece.reason is not None:
+                    return
+        finally:
+            reading.cancel()
+            await asyncio.wait({reading})
+
+    async def _read_into(
+        self, pieces: asyncio.Queue[Piece | Exception], body: dict[str, Any]
+    ) -> None:
+        try:
+            async with aclosing(self._events({**body, "stream": True})) as events:
                 async for event in events:
                     if "error" in event:
                         raise self._refused(event["error"]["code"], event["error"]["message"])
-                    choice = event["choices"][0]
-                    reason: FinishReason | Literal["abort"] | None = choice["finish_reason"]
-                    if reason == "abort":
-                        raise LostError(f"{self.url} ended request {request_id} by itself")
-                    logprobs = None
-                    if params["logprobs"] is not None:
-                        logprobs = tuple(map(_logprob, choice["logprobs"]["content"]))
-                    yield tuple(choice["token_ids"]), logprobs, reason
-                    if reason is not None:
+                    piece = _piece(event["choices"][0])
+                    pieces.put_nowait(piece)
+                    if piece.reason is not None:
                         return
             raise LostError(f"{self.url} closed the connection within a response")
-        finally:
-            self.in_flight -= 1
+        except Exception as error:  # noqa: BLE001 - raised to whoever reads
+            pieces.put_nowait(error)
+
+    async def hold(self, *, keep: bool) -> None:
+        """Stop generating; without ``keep`` all responses end, with all their tokens."""
+        await self._pause(keep=keep)
+        if keep:
+            return
+        while self._reading:
+            _, left = await asyncio.wait(set(self._reading), timeout=_ON_THE_WAY_S)
+            if left:  # one was still on its way there
+                await self._pause(keep=False)
+        await self._ask("POST", "/resume")
+
+    async def release(self, version: int, *, clear_kv: bool) -> None:
+        """Generate, under a version."""
+        body = {"new_version": str(version)}
+        await self._ask("POST", "/update_weight_version", body)
+        if clear_kv:
+            answer = await self._ask("POST", "/reset_prefix_cache?reset_running_requests=true")
+            if not answer["success"]:
+                raise EngineError(f"{self.url} did not drop the prefixes of the old weights")
+        await self._ask("POST", "/resume")
+
+    async def _pause(self, *, keep: bool) -> None:
+        route = f"/pause?mode={'keep' if keep else 'abort'}&clear_cache=false"
+        await self._ask("POST", route, timeout_s=self._timeouts.stall_s)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs under the model's own distribution of the tokens after the first."""
@@ -178,34 +233,32 @@ class VLLMServer:
 
     # -- weights ---------------------------------------------------------------------------
 
-    async def load(self, path: Path) -> None:
-        """Replace the weights by those of a safetensors file.
+    async def load(self, method: str, *args: Any) -> list[Any]:
+        """Have its workers do something with new weights.
 
         Raises:
-            WeightSyncError: it answers, but did not load them.
+            WeightSyncError: it answers, but could not.
         """
         try:
-            # Requests given up a moment ago may still be running there: pausing ends them, and
-            # drops all prefixes computed with the old weights.
-            await self._ask("POST", "/pause?mode=abort", timeout_s=self._timeouts.stall_s)
-            try:
-                found = fault(await self._rpc("load_trainer_weights", path, self._timeouts.sync_s))
-            except LostError:
-                raise  # there is nobody to resume
-            except BaseException:
-                await self._ask("POST", "/resume")
-                raise
-            await self._ask("POST", "/resume")
+            return await self.rpc(method, *args, timeout_s=self._timeouts.sync_s)
         except RefusedError as error:
             if not await self._lives():
                 raise LostError(f"{self.url}: its engine died ({error})") from error
             raise WeightSyncError(f"{self.url} could not load the weights: {error}") from error
+
+    async def end_load(self) -> None:
+        """All files were loaded.
+
+        Raises:
+            WeightSyncError: it does not compute with what they held.
+        """
+        found = fault(await self.load("end_shards"))
         if found is not None:
             raise WeightSyncError(f"the weights did not arrive at {self.url}: {found}")
 
-    async def explain_mismatch(self, path: Path) -> str:
-        """Which parts of its model do not compute with the weights of a safetensors file."""
-        answers = await self._rpc("explain_mismatch", path, self._timeouts.sync_s)
+    async def explain(self, paths: Sequence[str]) -> str:
+        """Which parts of its model do not compute with the weights of these files."""
+        answers = await self.rpc("explain_mismatch", paths, timeout_s=self._timeouts.sync_s)
         return "; ".join(dict.fromkeys(answers))
 
     async def _lives(self) -> bool:
@@ -241,9 +294,9 @@ class VLLMServer:
 
     # -- HTTP ------------------------------------------------------------------------------
 
-    async def _rpc(self, method: str, path: Path, timeout_s: float) -> list[Any]:
+    async def rpc(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Each worker's result of a method of the worker extension."""
-        body = {"method": method, "args": [str(path)]}
+        body = {"method": method, "args": args}
         answer = await self._while_it_lives(
             self._ask("POST", "/collective_rpc", body, timeout_s=timeout_s)
         )
@@ -328,6 +381,17 @@ def _plain(message: str) -> str:
         return str(json.loads(message)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         return message
+
+
+def _piece(choice: dict[str, Any]) -> Piece:
+    given = choice.get("logprobs")
+    spans = choice.get("weight_versions") or ()
+    return Piece(
+        token_ids=tuple(choice["token_ids"]),
+        logprobs=None if given is None else tuple(map(_logprob, given["content"])),
+        reason=choice["finish_reason"],
+        made=tuple((span["end"] - span["start"], int(span["version"])) for span in spans),
+    )
 
 
 def _logprob(entry: dict[str, Any]) -> float:

@@ -1,135 +1,88 @@
 """An engine on virtual time: seeded, deterministic, able to misbehave.
 
 The scheduler that runs on it is the one that runs on vLLM. A token is a hash of the version, the
-whole prefix and the trajectory's seed (:func:`simulate_token`; greedy decoding: the seed 0), so
-that a token that was lost, doubled or labelled with the wrong version is found out by computing it
-again.
+version of the keys and values that it attends to, the whole prefix and the trajectory's seed
+(:func:`simulate_token`; greedy decoding: the seed 0), so that a token that was lost, doubled or
+labelled with the wrong version is found out by computing it again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from statistics import NormalDist
 
-from torch import Tensor
-
-from copris_lightning.core.outcome import FinishReason
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.core.segments import Span
+from copris_lightning.engines.engine import (
+    Chunk,
+    Ending,
+    EngineSpec,
+    GenerationRequest,
+    Load,
+)
+from copris_lightning.engines.simulated_tokens import (
+    Faults,
+    LengthModel,
+    StepTime,
+    absorb,
+    draw,
+    mix,
+)
 from copris_lightning.engines.virtual_time import VirtualClockLoop
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-
-_MASK = (1 << 64) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class LengthModel:
-    """Long-tailed response lengths: geometric, each trajectory's mean drawn log-normally.
-
-    Attributes:
-        median: of the trajectories' mean lengths, in tokens.
-        sigma: standard deviation of the log of the mean; 0 gives one geometric distribution.
-    """
-
-    median: float = 24.0
-    sigma: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.median < math.inf:
-            raise ConfigurationError(f"median={self.median} must be above 0")
-        if not 0 <= self.sigma < math.inf:
-            raise ConfigurationError(f"sigma={self.sigma} must be at least 0")
-
-    def mean(self, seed: int) -> float:
-        """The mean length of the trajectory with this seed, in tokens."""
-        u = (_mix(seed, 1) + 0.5) / 2**64
-        return max(1.0, self.median * math.exp(self.sigma * NormalDist().inv_cdf(u)))
-
-
-@dataclass(frozen=True, slots=True)
-class StepTime:
-    """Virtual seconds of one decoding step with b requests: t(b) = t0 + t1 * b."""
-
-    t0: float = 0.02
-    t1: float = 0.0002
-
-    def __post_init__(self) -> None:
-        for name, value in (("t0", self.t0), ("t1", self.t1)):
-            if not 0 <= value < math.inf:
-                raise ConfigurationError(f"{name}={value} must be at least 0")
-
-    def __call__(self, batch: int) -> float:
-        return self.t0 + self.t1 * batch
-
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """How the engine misbehaves; rates are per token, drawn from the seed.
-
-    Attributes:
-        empty_chunk_rate: an empty chunk comes before the token.
-        late_finish_rate: a response's finish reason comes in an empty chunk after its last token.
-        die_after_tokens: the engine dies once it has made so many tokens in all.
-    """
-
-    empty_chunk_rate: float = 0.0
-    late_finish_rate: float = 0.0
-    die_after_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("empty_chunk_rate", "late_finish_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigurationError(f"{name}={getattr(self, name)} must lie between 0 and 1")
-
-
-def simulate_token(
-    version: int, prefix: Sequence[int], seed: int, *, vocab_size: int, stop: int, mean: float
-) -> tuple[int, float]:
-    """The token that follows ``prefix`` and its log-prob: a pure function of its arguments.
-
-    Args:
-        version: of the weights.
-        prefix: prompt and response so far.
-        seed: the trajectory's.
-        vocab_size: tokens are below it.
-        stop: the stop token, drawn with probability ``1 / mean``.
-        mean: mean length of the response, in tokens.
-    """
-    return _draw(_absorb(_mix(seed, 2), prefix), version, vocab_size, stop, mean)
-
-
-def _draw(state: int, version: int, vocab_size: int, stop: int, mean: float) -> tuple[int, float]:
-    value = _mix(state, version)
-    logprob = -(1 + value % 4096) / 1024
-    if _mix(value, 3) / 2**64 < 1 / mean:
-        return stop, logprob
-    token = _mix(value, 4) % max(1, vocab_size - 1)
-    return (token + 1 if token >= stop else token), logprob
-
-
-def _absorb(state: int, tokens: Iterable[int]) -> int:
-    for token in tokens:
-        state = _mix(state, token)
-    return state
-
-
-def _mix(a: int, b: int) -> int:
-    """The finalizer of splitmix64 over two words."""
-    x = (a * 0x9E3779B97F4A7C15 + b + 0x632BE59BD9B4E019) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+from copris_lightning.weights.transport import Run, Transport, Weights
 
 
 @dataclass(slots=True)
 class _Active:
+    """A request that is being generated, or waits for its turn.
+
+    Attributes:
+        state: the hash of its prefix.
+        mean: mean length of its response, in tokens.
+        kv_version: of its keys and values; ``None`` while it has none.
+        made: tokens made so far.
+        unread: tokens and log-probs that no chunk has brought yet.
+        unread_version: of the first of them.
+        spans: ``[length, version, kv_version]`` over all tokens made.
+        ended: whether its last chunk was put; it has its slot until that is read.
+        chunks: what its stream reads.
+    """
+
     request: GenerationRequest
     state: int
     mean: float
+    kv_version: int | None = None
     made: int = 0
+    unread: list[tuple[int, float]] = field(default_factory=list)
+    unread_version: int = 0
+    spans: list[list[int]] = field(default_factory=list)
+    ended: bool = False
     chunks: asyncio.Queue[Chunk | EngineError] = field(default_factory=asyncio.Queue)
+
+    def add(self, token: int, logprob: float, version: int, kv_version: int) -> None:
+        """A token was made."""
+        if not self.unread:
+            self.unread_version = version
+        self.unread.append((token, logprob))
+        self.state = mix(self.state, token)
+        self.made += 1
+        if self.spans and self.spans[-1][1:] == [version, kv_version]:
+            self.spans[-1][0] += 1
+        else:
+            self.spans.append([1, version, kv_version])
+
+    def hand_over(self, version: int, ending: Ending | None = None) -> None:
+        """Put what is unread into a chunk, which may be empty and of ``version`` then."""
+        version = self.unread_version if self.unread else version
+        tokens = tuple(token for token, _ in self.unread)
+        logprobs = tuple(value for _, value in self.unread)
+        spans = tuple(Span(*span) for span in self.spans) if ending else ()
+        self.unread.clear()
+        self.ended = ending is not None
+        asked = logprobs if self.request.decoding.logprobs else None
+        self.chunks.put_nowait(Chunk(tokens, asked, version, ending, spans))
 
 
 class SimulatedEngine:
@@ -139,6 +92,8 @@ class SimulatedEngine:
         lengths: how long responses are.
         step_time: what a decoding step takes, in virtual seconds.
         faults: how it misbehaves.
+        stream_interval: tokens to a chunk; a stream's first chunks, its last and what a hold ends
+            may have fewer.
     """
 
     def __init__(
@@ -146,11 +101,16 @@ class SimulatedEngine:
         lengths: LengthModel | None = None,
         step_time: StepTime | None = None,
         faults: Faults | None = None,
+        stream_interval: int = 1,
     ) -> None:
+        if stream_interval < 1:
+            raise ConfigurationError(f"stream_interval={stream_interval} must be at least 1")
         self.lengths = lengths or LengthModel()
         self.step_time = step_time or StepTime()
         self.faults = faults or Faults()
+        self.stream_interval = stream_interval
         self.tokens_made = 0
+        self.is_held = True
         self._version = 0
         self._spec: EngineSpec | None = None
         self._active: dict[str, _Active] = {}
@@ -180,48 +140,93 @@ class SimulatedEngine:
         self.validate(spec)
         self._spec = spec
         self._active, self._steps, self._dead = {}, None, False
+        self.is_held, self._version = True, 0
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one response, a token a step. See :class:`Engine`."""
-        if self._spec is None or self._dead:
-            raise EngineError("the simulated engine is not running")
-        if request.request_id in self._active:
-            raise EngineError(f"request id {request.request_id!r} is in use")
-        seed = request.seed if not request.decoding.sampling.is_greedy else 0
-        active = _Active(
-            request, _absorb(_mix(seed, 2), request.token_ids), self.lengths.mean(seed)
-        )
-        self._active[request.request_id] = active
-        if self._steps is None or self._steps.done():
-            self._steps = asyncio.get_running_loop().create_task(self._run())
+        self._check_running()
+        name = request.request_id
+        if name in self._active:
+            raise EngineError(f"request id {name!r} is in use")
+        seed = 0 if request.decoding.sampling.is_greedy else request.seed
+        state = absorb(mix(seed, 2), request.token_ids)
+        active = self._active[name] = _Active(request, state, self.lengths.mean(seed))
+        self._go_on()
         try:
             while True:
                 item = await active.chunks.get()
                 if isinstance(item, EngineError):
                     raise item
                 yield item
-                if item.finish_reason is not None:
+                if item.ending is not None:
                     return
         finally:
-            self._active.pop(request.request_id, None)
+            if self._active.get(name) is active:
+                del self._active[name]
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Only the version changes. See :class:`Engine`."""
-        if self._active:
-            raise WeightSyncError(f"{len(self._active)} requests are in flight during a sync")
-        self._version = version
+    async def hold(self, *, keep: bool = False) -> None:
+        """Stop within a step, whose tokens are not made. See :class:`Engine`."""
+        self._check_running()
+        self.is_held = True
+        await self._stop_stepping()
+        if not keep:
+            for active in self._going():
+                active.hand_over(self._version, "held")
+            self._active.clear()
+
+    async def release(self, version: int, *, clear_kv: bool = True) -> None:
+        """Takes no time. See :class:`Engine`.
+
+        Raises:
+            EngineError: it is not held, or the version falls.
+        """
+        self._check_running()
+        if not self.is_held or version < self._version:
+            raise EngineError(
+                f"release of version {version}: it must be held, and at version {self._version}"
+            )
+        self._version, self.is_held = version, False
+        if clear_kv:
+            for active in self._going():
+                active.kv_version = None
+        self._go_on()
+
+    def load(self) -> Load | None:
+        """Requests in slots and beyond them."""
+        slots = self._spec.max_num_seqs if self._spec else 0
+        going = len(self._going())
+        running = min(slots, going)
+        return Load(running, going - running)
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
         """``None``: there is no model to ask."""
         return None
 
-    async def explain_mismatch(self, weights: Iterable[tuple[str, Tensor]]) -> str:
-        """There are no weights."""
-        return "the simulated engine has no weights"
+    def transport(self, rank: int, run: Run) -> Transport:
+        """A way that weights go and do not arrive by."""
+        return _NoWeights(self)
 
     async def close(self) -> None:
         """Stop stepping."""
+        self.kill()
+        await self._stop_stepping()
+
+    def kill(self) -> None:
+        """There is no process to end."""
         self._dead = True
+
+    def _going(self) -> list[_Active]:
+        return [active for active in self._active.values() if not active.ended]
+
+    def _check_running(self) -> None:
+        if self._spec is None or self._dead:
+            raise EngineError("the simulated engine is not running")
+
+    def _go_on(self) -> None:
+        if self._active and not self.is_held and (self._steps is None or self._steps.done()):
+            self._steps = asyncio.get_running_loop().create_task(self._run())
+
+    async def _stop_stepping(self) -> None:
         if self._steps is not None:
             self._steps.cancel()
             await asyncio.wait([self._steps])
@@ -230,9 +235,12 @@ class SimulatedEngine:
         assert self._spec is not None
         while self._active:
             batch = list(self._active.values())[: self._spec.max_num_seqs]
+            for active in batch:
+                if active.kv_version is None:
+                    active.kv_version = self._version
             await asyncio.sleep(self.step_time(len(batch)))
             for active in batch:
-                if active.request.request_id in self._active:
+                if self._active.get(active.request.request_id) is active:
                     self._step(active, self._spec.vocab_size)
             if self._dead:
                 return
@@ -243,33 +251,52 @@ class SimulatedEngine:
             for other in self._active.values():
                 other.chunks.put_nowait(EngineError("the simulated engine died, as told to"))
             return
-        request = active.request
-        if active.made >= request.max_new_tokens:
+        request, kv_version = active.request, active.kv_version
+        if active.ended:
             return
+        assert kv_version is not None
         stops = request.decoding.stop_token_ids
         stop = stops[0] if stops else -1
         mean = active.mean if stops else math.inf
-        token, logprob = _draw(active.state, self._version, vocab_size, stop, mean)
-        active.state = _mix(active.state, token)
-        active.made += 1
+        token, logprob = draw(active.state, self._version, kv_version, vocab_size, stop, mean)
+        active.add(token, logprob, self._version, kv_version)
         self.tokens_made += 1
-        reason: FinishReason | None = None
+        ending: Ending | None = None
         if token in stops:
-            reason = "stop"
+            ending = "stop"
         elif active.made == request.max_new_tokens:
-            reason = "length"
-        logprobs, nothing = ((logprob,), ()) if request.decoding.logprobs else (None, None)
+            ending = "length"
         if self._happens(active, 5, self.faults.empty_chunk_rate):
-            active.chunks.put_nowait(Chunk((), nothing, self._version))
-        if reason and self._happens(active, 6, self.faults.late_finish_rate):
-            active.chunks.put_nowait(Chunk((token,), logprobs, self._version))
-            active.chunks.put_nowait(Chunk((), nothing, self._version, reason))
-            active.made = request.max_new_tokens
-        else:
-            active.chunks.put_nowait(Chunk((token,), logprobs, self._version, reason))
-            if reason:
-                active.made = request.max_new_tokens
+            nothing = () if request.decoding.logprobs else None
+            active.chunks.put_nowait(Chunk((), nothing, active.unread_version))
+        if ending:
+            if self._happens(active, 6, self.faults.late_finish_rate):
+                active.hand_over(self._version)
+            active.hand_over(self._version, ending)
+        elif len(active.unread) >= self.stream_interval:
+            active.hand_over(self._version)
 
     @staticmethod
     def _happens(active: _Active, salt: int, rate: float) -> bool:
-        return _mix(active.state, salt) / 2**64 < rate
+        return mix(active.state, salt) / 2**64 < rate
+
+
+class _NoWeights:
+    """A transport to an engine that has none; see :class:`Transport`."""
+
+    def __init__(self, engine: SimulatedEngine) -> None:
+        self._engine = engine
+
+    def send(self, weights: Weights) -> None:
+        """Go through them, as all of the trainer's ranks must, and keep nothing."""
+        if not self._engine.is_held:
+            raise WeightSyncError("weights came to an engine that is not held")
+        for _ in weights():
+            pass
+
+    def explain(self, weights: Weights) -> str:
+        """Nothing to say."""
+        return ""
+
+    def close(self) -> None:
+        """There is nothing to let go of."""

@@ -4,46 +4,52 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import itertools
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
+from copris_lightning.engines.engine import Chunk, Ending, EngineSpec, GenerationRequest, Load
+from copris_lightning.engines.gate import Gate
 from copris_lightning.engines.vllm_arguments import (
     adapter_arguments,
+    check_adapter,
     check_arguments,
-    check_rank,
     refuse_own,
+    sampling_params,
+    scoring_params,
 )
 from copris_lightning.engines.vllm_processes import VLLMProcesses
 from copris_lightning.engines.watchdog import Deadlines
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 from copris_lightning.search_path import SAFE_PATH, SET_HERE
-from copris_lightning.weights.adapter import ADAPTER_ID, AdapterShape, adapter_shape, as_folder
+from copris_lightning.weights.adapter import ADAPTER_ID
 from copris_lightning.weights.arrival import fault
-from copris_lightning.weights.files import check_hand_over, hand_over_prefix, handed_over
-from copris_lightning.weights.transport import Run, Weights
+from copris_lightning.weights.files import FilesTransport, check_hand_over, hand_over_prefix
+from copris_lightning.weights.transport import Run, Transport
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
-T = TypeVar("T")
-
-Transport = Literal["files", "ipc", "nccl"]
+_score_ids = itertools.count()
 
 
 class VLLMEngine:
     """Generates with vLLM.
 
+    Tokens are labelled by vLLM itself: the label of the weights is set at each release, and comes
+    back in spans with a stream's last output. With keys and values kept over a sync, a request that
+    vLLM preempts has them computed again by newer weights; the KV version is a lower bound then.
+
     Args:
         engine_args: any fields of vLLM's ``AsyncEngineArgs`` (``dtype``,
-            ``tensor_parallel_size``, ``gpu_memory_utilization``, ...). ``max_num_seqs`` and
+            ``tensor_parallel_size``, ``stream_interval``, ...). ``max_num_seqs`` and
             ``max_model_len`` follow from the cap and the length limits unless given.
         environment: variables set while the engine's processes start; ``null`` unsets one.
         request_seeds: give every request its own random generator, which makes its tokens
@@ -53,9 +59,11 @@ class VLLMEngine:
             anything to anything. ``ipc`` hands over the trainer's GPU memory, to an engine on the
             same GPUs; ``nccl`` sends to an engine on other GPUs. Both go through a bounded buffer
             and are vLLM's own.
-        sleep_level: for an engine on the trainer's GPUs: between stages it gives its memory away,
-            the KV cache and the weights; 1 keeps a copy of the weights in host memory, 2 does not
-            (a sync has to come before the next stage). ``null`` keeps everything.
+        keep_host_copy: with ``ipc`` and ``nccl``, also write the weights to ``sync_directory``, so
+            that an engine that died can be given them again; ``files`` always does.
+        sleep_level: for an engine on the trainer's GPUs: held without its requests it gives its
+            memory away, the KV cache and the weights; 1 keeps a copy of the weights in host memory,
+            2 does not (a sync has to come before the release). ``null`` keeps everything.
         deadlines: how long the engine may take for what it is asked to do.
 
     Raises:
@@ -70,7 +78,8 @@ class VLLMEngine:
         environment: dict[str, str | None] | None = None,
         request_seeds: bool = False,
         sync_directory: str | None = None,
-        transport: Transport = "files",
+        transport: Literal["files", "ipc", "nccl"] = "files",
+        keep_host_copy: bool = False,
         sleep_level: Literal[1, 2] | None = None,
         deadlines: Deadlines = Deadlines(),  # noqa: B008 - frozen
     ) -> None:
@@ -79,7 +88,8 @@ class VLLMEngine:
         if sleep_level not in (None, 1, 2):
             raise ConfigurationError(f"sleep_level={sleep_level} must be 1 or 2")
         self.engine_args = dict(engine_args or {})
-        self.transport = transport
+        self.backend: str = transport
+        self.keep_host_copy = keep_host_copy
         self.sleep_level = sleep_level
         # Inherited thread counts can cost the CPU worker a factor of 30: it binds its threads
         # to the cores that it was given, and more threads than cores wait for each other.
@@ -92,18 +102,17 @@ class VLLMEngine:
         }
         self.request_seeds = request_seeds
         self.sync_directory = sync_directory
-        self._version = 0
         self._llm: AsyncLLM | None = None
         self._processes = VLLMProcesses(deadlines, hand_over_prefix(sync_directory))
-        self._asleep = False
-        self._waking = asyncio.Lock()
+        self._gate = Gate()
+        self._state = _State()
         self._adapter: LoRARequest | None = None
         refuse_own(self.engine_args)
 
     @property
     def version(self) -> int:
         """Policy version of the weights that generate now."""
-        return self._version
+        return self._gate.version
 
     @property
     def dtype(self) -> str | None:
@@ -128,25 +137,15 @@ class VLLMEngine:
             )
         check_arguments(self.engine_args, spec)
         self._check_gpu()
-        if self.transport == "files":
-            check_hand_over(self.sync_directory)
+        if self.backend == "files" or self.keep_host_copy:
+            check_hand_over(self.sync_directory, spec.model)
         if spec.adapter is not None:
-            self._check_adapter(spec.adapter)
-
-    def _check_adapter(self, adapter: AdapterShape) -> None:
-        """Refuse what does not go with syncs that bring adapters alone."""
-        check_rank(adapter)
-        if self.transport != "files" or self.sleep_level == 2:
-            raise ConfigurationError(
-                f"transport={self.transport} and sleep_level={self.sleep_level} do not go with "
-                "syncs of adapters alone, which need transport=files and an engine that keeps its "
-                "own weights (not sleep_level=2); set these, or lora.sync=merge"
-            )
+            check_adapter(spec.adapter, self.backend, self.sleep_level)
 
     def _check_gpu(self) -> None:
         """Refuse what only GPUs can do where there are none."""
         for name, value, plain in (
-            ("transport", self.transport, "files"),
+            ("transport", self.backend, "files"),
             ("sleep_level", self.sleep_level, None),
         ):
             if value != plain and not torch.cuda.is_available():
@@ -174,179 +173,314 @@ class VLLMEngine:
             "enable_sleep_mode": self.sleep_level is not None,
             "trust_remote_code": spec.trust_remote_code,
         }
-        if self.transport != "files":
-            arguments["weight_transfer_config"] = {"backend": self.transport}
+        if self.backend != "files":
+            arguments["weight_transfer_config"] = {"backend": self.backend}
+        self._gate, self._state, self._adapter = Gate(), _State(), None
         try:
             self._llm = await self._processes.boot(arguments, self.environment)
         except BaseException:
             await self.close()
             raise
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        """Stream one response. See :class:`Engine`."""
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+    # -- generating ------------------------------------------------------------------------
 
-        decoding = request.decoding
-        seed = (request.seed + len(request.token_ids)) % 2**63 if self.request_seeds else None
-        params = SamplingParams(
-            **decoding.sampling.distribution,
-            max_tokens=request.max_new_tokens,
-            # Only what is asked for ends a response, so that what the buffer counts as a stop
-            # and what vLLM does cannot differ.
-            stop_token_ids=list(decoding.stop_token_ids),
-            ignore_eos=True,
-            logprobs=0 if decoding.logprobs else None,
-            flat_logprobs=decoding.logprobs,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-            seed=seed,
-        )
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        """Stream one response. See :class:`Engine`."""
+        params = sampling_params(request, own_seed=self.request_seeds)
+        endings, nothing = self._gate.endings, () if request.decoding.logprobs else None
+        ending: Ending | None = None
         # Closed here, not when it is collected: a request that nobody reads any more is aborted
         # before this returns.
-        async with aclosing(self._outputs(request.token_ids, params, request.request_id)) as parts:
-            async for output in parts:
+        outputs = self._outputs(request.token_ids, params, request.request_id, endings)
+        async with aclosing(outputs) as parts:
+            async for output, started in parts:
                 completion = output.outputs[0]
-                logprobs: tuple[float, ...] | None = None
-                if decoding.logprobs:
+                ending = completion.finish_reason
+                if completion.finish_reason == "abort":
+                    ending = "held"
+                logprobs = nothing
+                if request.decoding.logprobs and completion.token_ids:
                     # Flat log-probs hold one entry per token here, the sampled one's.
-                    values = completion.logprobs
-                    logprobs = tuple(values.logprobs) if completion.token_ids else ()
+                    logprobs = tuple(completion.logprobs.logprobs)
+                made = [(s.end - s.start, int(s.version)) for s in completion.weight_versions or ()]
                 yield Chunk(
                     token_ids=tuple(completion.token_ids),
                     logprobs=logprobs,
-                    version=self._version,
-                    finish_reason=completion.finish_reason,
+                    version=started,
+                    ending=ending,
+                    spans=self._gate.spans(started, made) if ending else (),
                 )
+        if ending is None:  # it was never admitted
+            yield Chunk((), nothing, self.version, "held")
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Write the weights, or a LoRA adapter, to shared memory and have the workers load them."""
-        await self.begin_update()
-        llm = await self._running()
-        tensors = dict(weights)
-        adapter = adapter_shape(tensors)
-        with handed_over(tensors.items(), self.sync_directory) as path:
-            try:
-                if adapter is None:
-                    load = llm.collective_rpc("load_trainer_weights", args=(str(path),))
-                    reports = await self._processes.call(load, "load the weights")
-                else:
-                    reports = await self._load_adapter(llm, as_folder(path, adapter))
-            except EngineError as error:
-                raise WeightSyncError(f"vLLM could not load version {version}: {error}") from error
-        _check_arrival(reports, version)
-        await self.finish_update(version)
+    async def _outputs(
+        self, token_ids: Sequence[int], params: Any, request_id: str, endings: int
+    ) -> AsyncGenerator[tuple[Any, int], None]:
+        """vLLM's outputs for a request and the version it went in under; none if a hold ended it
+        before it went in."""
+        from vllm.inputs import tokens_input
 
-    def new_sender(self, weights: Weights, rank: int, run: Run) -> Callable[[], None] | None:
-        """See :class:`RankedSync`."""
-        if self.transport == "files":
-            return None
-        from copris_lightning.weights.vllm_transfer import new_sender
-
-        def run_watched(work: Awaitable[T]) -> Any:
-            return run(self._processes.call(work, "take the weights"))
-
-        return new_sender(self.transport, weights, rank, self._llm, run_watched)
-
-    async def begin_update(self) -> None:
-        """Wake the memory of the weights only, so that the old KV cache need not fit beside what
-        the update takes."""
-        llm = await self._running()
-        if llm.get_num_unfinished_requests():
-            raise WeightSyncError(
-                f"{llm.get_num_unfinished_requests()} requests are in flight during a sync"
-            )
-        if self._asleep:
-            await self._processes.call(llm.wake_up(["weights"]), "wake up")
-        if self.transport != "files":
-            await self._processes.call(llm.collective_rpc("watch_transfer"), "watch the transfer")
-
-    async def finish_update(self, version: int) -> None:
-        """Wake the KV cache and drop the prefixes computed with the old weights."""
-        llm = await self._running()
-        if self.transport != "files":
-            report = llm.collective_rpc("transfer_report")
-            _check_arrival(await self._processes.call(report, "report what arrived"), version)
-        if self._asleep:
-            await self._processes.call(llm.wake_up(["kv_cache"]), "wake up")
-            self._asleep = False
-        if not await self._processes.call(llm.reset_prefix_cache(), "drop its prefixes"):
-            raise WeightSyncError("vLLM did not drop the prefixes computed with the old weights")
-        self._version = version
-
-    async def rest(self) -> None:
-        """Give the GPU's memory to the trainer, if ``sleep_level`` says so."""
-        if self.sleep_level is not None and not self._asleep:
-            await self._processes.call((await self._running()).sleep(self.sleep_level), "sleep")
-            self._asleep = True
-
-    async def _wake(self) -> None:
-        """Be ready to generate, also where no sync came in between."""
-        async with self._waking:
-            if not self._asleep:
+        async with self._gate.passing(endings) as may_pass:
+            if not may_pass:
                 return
-            if self.sleep_level == 2:
-                raise EngineError(
-                    "engine.sleep_level=2 threw the weights away, and no sync has come since; use 1"
+            llm, started = await self._running(), self.version
+            # Blocks of older weights that a kept hold leaves behind bear another salt.
+            prompt = tokens_input(list(token_ids), cache_salt=str(started))
+            collector = await self._add(llm, request_id, prompt, params)
+        async for output in self._read(llm, collector):
+            if output.outputs[0].finish_reason == "abort" and endings == self._gate.endings:
+                raise await self._processes.death(
+                    "it ended its requests by itself, as it does when a signal tells its core to "
+                    "stop"
                 )
-            await self._processes.call((await self._running()).wake_up(), "wake up")
-            self._asleep = False
+            yield output, started
 
-    async def _load_adapter(self, llm: AsyncLLM, folder: Path) -> list[dict[str, Any]]:
-        """Replace the adapter that all requests from now on are answered with."""
-        from vllm.lora.request import LoRARequest
+    async def _add(self, llm: AsyncLLM, request_id: str, prompt: Any, params: Any) -> Any:
+        """Hand a request over; when this returns, it is on its way before any later call.
 
-        load = llm.add_lora(LoRARequest("policy", ADAPTER_ID, str(folder), load_inplace=True))
-        await self._processes.call(load, "load the adapter")
-        # Not loaded in place again: requests only name it, and its files will be gone.
-        self._adapter = LoRARequest("policy", ADAPTER_ID, str(folder))
-        file = folder / "adapter_model.safetensors"
-        report = llm.collective_rpc("adapter_report", args=(str(file),))
-        reports: list[dict[str, Any]] = await self._processes.call(report, "report what arrived")
-        return reports
+        Returns:
+            what collects its outputs.
+        """
+        from vllm.exceptions import VLLMValidationError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return await llm.add_request(request_id, prompt, params, lora_request=self._adapter)
+        except EngineDeadError as error:
+            raise await self._processes.death() from error
+        except (VLLMValidationError, ValueError) as error:
+            raise EngineError(f"vLLM refused request {request_id}: {error}") from error
+
+    async def _read(self, llm: AsyncLLM, collector: Any) -> AsyncGenerator[Any, None]:
+        """A request's outputs; aborts it when left early."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        is_over = False
+        try:
+            with self._processes.working():
+                while not is_over:
+                    output = collector.get_nowait() or await collector.get()
+                    is_over = output.finished
+                    self._processes.heard()
+                    yield output
+        except EngineDeadError as error:
+            is_over = True
+            raise await self._processes.death() from error
+        finally:
+            if not is_over:
+                await llm.abort(collector.request_id, internal=True)
+            collector.close()
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
-        """Log-probs of the model's own distribution by vLLM's prefill. See :class:`Engine`."""
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
+        """Log-probs of the model's own distribution by vLLM's prefill. See :class:`Engine`.
 
-        params = SamplingParams(
-            max_tokens=1,
-            prompt_logprobs=0,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            skip_reading_prefix_cache=True,
+        An engine held with its requests lets them go on for the time that this takes: vLLM cannot
+        run some and not others. If new weights have come, those label what they make as theirs. An
+        engine that sleeps is woken, and stays awake until the next hold.
+        """
+        from vllm.inputs import tokens_input
+
+        llm, params = await self._running(), scoring_params()
+
+        async def one(tokens: Sequence[int]) -> list[float]:
+            name = f"score-{next(_score_ids)}"
+            collector = await self._add(llm, name, tokens_input(list(tokens)), params)
+            async with aclosing(self._read(llm, collector)) as outputs:
+                [output] = [output async for output in outputs]
+            entries = output.prompt_logprobs
+            if entries is None:
+                raise EngineError(f"{name} was ended before it had been computed")
+            return [entries[j][tokens[j]].logprob for j in range(1, len(tokens))]
+
+        await self._wake(["weights", "kv_cache"])
+        if self._state.keeps:
+            # The policy version rises by one with each sync.
+            await self._label(llm, self.version + self._state.has_new_weights)
+            await self._call(llm.resume_generation(), "go on")
+        try:
+            return await asyncio.gather(*map(one, sequences))
+        finally:
+            if self._state.keeps:
+                await self._pause(llm, keep=True)
+
+    def load(self) -> Load | None:
+        """Counted here: vLLM's own statistics cost time for every token."""
+        if self._llm is None:
+            return None
+        inside = self._llm.get_num_unfinished_requests()
+        running = min(inside, self._llm.scheduler_config.max_num_seqs)
+        return Load(running, inside - running)
+
+    # -- held and released -----------------------------------------------------------------
+
+    async def hold(self, *, keep: bool = False) -> None:
+        """Stop generating. See :class:`Engine`.
+
+        Raises:
+            EngineError: it sleeps when held, which leaves no room for requests to be kept.
+        """
+        if keep and self.sleep_level is not None:
+            raise EngineError(
+                f"engine.sleep_level={self.sleep_level} gives the memory away in which "
+                "requests would be kept; leave it out"
+            )
+        llm = await self._running()
+        await self._gate.shut(keep=keep)
+        if llm.get_num_unfinished_requests() or self._state.keeps:
+            # Every request has gone in, so that vLLM ends, or freezes, all there are.
+            await self._pause(llm, keep=keep)
+        self._state.keeps = keep and llm.get_num_unfinished_requests() > 0
+        if not self._state.keeps:
+            # Nothing is left to run, and nothing comes through the gate; what scores may.
+            await self._call(llm.resume_generation(), "go on")
+        if self.sleep_level is not None and not self._state.asleep:
+            await self._call(llm.sleep(self.sleep_level), "sleep")
+            self._state.asleep = {"weights", "kv_cache"}
+
+    async def release(self, version: int, *, clear_kv: bool = True) -> None:
+        """Generate again. See :class:`Engine`.
+
+        Raises:
+            EngineError: ``sleep_level=2`` threw the weights away, and none have come since.
+        """
+        llm = await self._running()
+        await self._wake(["weights", "kv_cache"])
+        await self._label(llm, version)
+        if clear_kv:
+            # What was kept is computed again.
+            drop = llm.reset_prefix_cache(reset_running_requests=self._state.keeps)
+            if not await self._call(drop, "drop its prefixes"):
+                raise EngineError("vLLM did not drop the prefixes computed with the old weights")
+        if self._state.keeps:
+            await self._call(llm.resume_generation(), "go on")
+        self._state.keeps = self._state.has_new_weights = False
+        self._gate.open(version, clear_kv=clear_kv)
+
+    async def _pause(self, llm: AsyncLLM, *, keep: bool) -> None:
+        pause = llm.pause_generation(mode="keep" if keep else "abort", clear_cache=False)
+        await self._call(pause, "pause")
+
+    async def _label(self, llm: AsyncLLM, version: int) -> None:
+        """Have what is made from now on bear a version; nothing is being made."""
+        await self._call(llm.update_weight_version(str(version)), "note the version")
+
+    async def _wake(self, parts: list[str], *, for_weights: bool = False) -> None:
+        """Take memory back.
+
+        Args:
+            parts: of ``weights`` and ``kv_cache``.
+            for_weights: new ones are about to be written.
+
+        Raises:
+            EngineError: there would be no weights in it.
+        """
+        asleep = [part for part in parts if part in self._state.asleep]
+        if self.sleep_level == 2 and "weights" in asleep and not for_weights:
+            raise EngineError(
+                "engine.sleep_level=2 threw the weights away, and no sync has come since; use 1"
+            )
+        if asleep:
+            await self._call((await self._running()).wake_up(asleep), "wake up")
+            self._state.asleep -= set(asleep)
+
+    # -- weights: see :class:`copris_lightning.weights.transport.Receiver` -------------------
+
+    def transport(self, rank: int, run: Run) -> Transport:
+        """Through files, or vLLM's own. See :class:`Engine`."""
+        files = FilesTransport(self, self.sync_directory, rank, run)
+        if self.backend == "files":
+            return files
+        from copris_lightning.weights.vllm_transfer import VLLMTransfer
+
+        def run_watched(work: Awaitable[Any]) -> Any:
+            return run(self._call(work, "take the weights"))
+
+        return VLLMTransfer(
+            self.backend,
+            self,
+            self._llm,
+            rank,
+            run_watched,
+            files,
+            keep_host_copy=self.keep_host_copy,
         )
 
-        async def one(i: int, tokens: Sequence[int]) -> list[float]:
-            result: list[float] = []
-            async for output in self._outputs(tokens, params, f"score-{i}"):
-                entries = output.prompt_logprobs
-                result = [entries[j][tokens[j]].logprob for j in range(1, len(tokens))]
-            return result
+    async def begin_load(self) -> None:
+        """Wake the memory of the weights only, so that the old KV cache need not fit beside what
+        the load takes."""
+        await self._begin()
+        await self._on_workers("begin_shards", doing="begin to load")
 
-        return await asyncio.gather(*(one(i, tokens) for i, tokens in enumerate(sequences)))
+    async def load_shard(self, path: Path) -> None:
+        """Have all workers load a file."""
+        await self._on_workers("load_shard", str(path), doing="load the weights")
 
-    async def explain_mismatch(self, weights: Iterable[tuple[str, Tensor]]) -> str:
-        """Ask the workers which tensors differ from these weights."""
-        tensors = dict(weights)
-        if adapter_shape(tensors) is not None:
-            return (
-                "the engine applies the adapter that was sent; its other weights were not "
-                "compared, and it may compute in another dtype than the trainer"
-            )
-        with handed_over(tensors.items(), self.sync_directory) as path:
-            compare = (await self._running()).collective_rpc("explain_mismatch", args=(str(path),))
-            answers = await self._processes.call(compare, "compare the weights")
+    async def end_load(self) -> None:
+        """Have them say what arrived.
+
+        Raises:
+            WeightSyncError: not what was sent.
+        """
+        _check_arrival(await self._on_workers("end_shards", doing="report what arrived"))
+
+    async def load_adapter(self, folder: Path) -> None:
+        """Replace the adapter that all requests from now on are answered with.
+
+        Raises:
+            WeightSyncError: the workers apply something else.
+        """
+        from vllm.lora.request import LoRARequest
+
+        llm = await self._begin()
+        load = llm.add_lora(LoRARequest("policy", ADAPTER_ID, str(folder), load_inplace=True))
+        await self._call(load, "load the adapter")
+        # Not loaded in place again: requests only name it.
+        self._adapter = LoRARequest("policy", ADAPTER_ID, str(folder))
+        file = str(folder / "adapter_model.safetensors")
+        _check_arrival(await self._on_workers("adapter_report", file, doing="report what arrived"))
+
+    async def begin_transfer(self) -> None:
+        """As :meth:`begin_load`, before vLLM's own transfer."""
+        await self._begin()
+        await self._on_workers("watch_transfer", doing="watch the transfer")
+
+    async def end_transfer(self) -> None:
+        """As :meth:`end_load`, after it."""
+        _check_arrival(await self._on_workers("transfer_report", doing="report what arrived"))
+
+    async def explain(self, paths: Sequence[Path]) -> str:
+        """Ask the workers which tensors differ."""
+        names = [str(path) for path in paths]
+        answers = await self._on_workers("explain_mismatch", names, doing="compare the weights")
         return "; ".join(dict.fromkeys(answers))
+
+    async def _begin(self) -> AsyncLLM:
+        """Get ready for new weights."""
+        llm = await self._running()
+        if self._gate.is_open:
+            raise WeightSyncError("new weights have come while the engine generates; hold it first")
+        await self._wake(["weights"], for_weights=True)
+        self._state.has_new_weights = True
+        return llm
+
+    async def _on_workers(self, method: str, *args: Any, doing: str) -> list[Any]:
+        llm = await self._running()
+        results: list[Any] = await self._call(llm.collective_rpc(method, args=args), doing)
+        return results
+
+    # -- end -------------------------------------------------------------------------------
 
     async def close(self) -> None:
         """Shut the engine's processes down, on the loop it lives on."""
         llm, self._llm = self._llm, None
-        self._asleep = False
         await self._processes.close(llm)
 
     def kill(self) -> None:
-        """See :class:`Killable`."""
+        """Kill its processes."""
         self._processes.kill()
+
+    async def _call(self, work: Awaitable[Any], doing: str) -> Any:
+        return await self._processes.call(work, doing)
 
     async def _running(self) -> AsyncLLM:
         if self._llm is None:
@@ -354,37 +488,23 @@ class VLLMEngine:
         await self._processes.check_alive(self._llm)
         return self._llm
 
-    async def _outputs(
-        self, token_ids: Sequence[int], params: Any, request_id: str
-    ) -> AsyncGenerator[Any, None]:
-        """vLLM's outputs for a tokenized prompt, its errors turned into ours."""
-        from vllm.exceptions import VLLMValidationError
-        from vllm.inputs import tokens_input
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        llm = await self._running()
-        if self._asleep:
-            await self._wake()
-        try:
-            prompt = tokens_input(list(token_ids))
-            stream = llm.generate(prompt, params, request_id, lora_request=self._adapter)
-            with self._processes.working():
-                async with aclosing(stream) as outputs:
-                    async for output in outputs:
-                        self._processes.heard()
-                        if output.outputs[0].finish_reason == "abort":  # by nobody here
-                            raise await self._processes.death(
-                                "it ended its requests by itself, as it does when a signal tells "
-                                "its core to stop"
-                            )
-                        yield output
-        except EngineDeadError as error:
-            raise await self._processes.death() from error
-        except (EngineGenerateError, VLLMValidationError, ValueError) as error:
-            raise EngineError(f"vLLM refused request {request_id}: {error}") from error
+@dataclass(slots=True)
+class _State:
+    """Of an engine that is held.
+
+    Attributes:
+        keeps: whether requests stand in it.
+        has_new_weights: whether they are those of the next version, or have begun to be.
+        asleep: the parts of its memory that it has given away.
+    """
+
+    keeps: bool = False
+    has_new_weights: bool = False
+    asleep: set[str] = field(default_factory=set)
 
 
-def _check_arrival(reports: list[dict[str, Any]], version: int) -> None:
+def _check_arrival(reports: list[dict[str, Any]]) -> None:
     found = fault(reports)
     if found is not None:
-        raise WeightSyncError(f"version {version} did not arrive in the engine: {found}")
+        raise WeightSyncError(f"the weights did not arrive in the engine: {found}")

@@ -1,4 +1,5 @@
-"""vLLM's engine arguments: which are the user's to set, and what the run asks of them."""
+"""What vLLM is told: the engine's arguments, which are the user's to set and what the run asks of
+them, and the parameters of requests."""
 
 from __future__ import annotations
 
@@ -6,11 +7,14 @@ import importlib.metadata
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from copris_lightning.engines.engine import EngineSpec
+from copris_lightning.engines.engine import EngineSpec, GenerationRequest
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.weights.adapter import AdapterShape
+
+if TYPE_CHECKING:
+    from vllm.sampling_params import SamplingParams
 
 _KEY = "engine_args"
 
@@ -67,16 +71,22 @@ def check_arguments(arguments: Mapping[str, Any], spec: EngineSpec) -> None:
             )
 
 
-def check_rank(adapter: AdapterShape) -> None:
-    """Refuse adapters that are too large for vLLM.
+def check_adapter(adapter: AdapterShape, backend: str, sleep_level: int | None) -> None:
+    """Refuse what does not go with syncs that bring adapters alone.
 
     Raises:
-        ConfigurationError: names the rank.
+        ConfigurationError: names what.
     """
     if adapter.rank > _LORA_RANKS[-1]:
         raise ConfigurationError(
             f"vLLM takes adapters of rank {_LORA_RANKS[-1]} at most, not of {adapter.rank}; lower "
             "lora.rank, or set lora.sync=merge"
+        )
+    if backend != "files" or sleep_level == 2:
+        raise ConfigurationError(
+            f"transport={backend} and sleep_level={sleep_level} do not go with syncs of adapters "
+            "alone, which need transport=files and an engine that keeps its own weights (not "
+            "sleep_level=2); set these, or lora.sync=merge"
         )
 
 
@@ -91,6 +101,44 @@ def adapter_arguments(adapter: AdapterShape | None) -> dict[str, Any]:
         # several sequences at once.
         "lora_target_modules": list(adapter.layers),
     }
+
+
+def sampling_params(request: GenerationRequest, *, own_seed: bool) -> SamplingParams:
+    """What vLLM is told of a request.
+
+    Args:
+        request: what is asked for.
+        own_seed: whether it gets a random generator of its own.
+    """
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    decoding = request.decoding
+    return SamplingParams(
+        **decoding.sampling.distribution,
+        max_tokens=request.max_new_tokens,
+        # Only what is asked for ends a response, so that what the buffer counts as a stop
+        # and what vLLM does cannot differ.
+        stop_token_ids=list(decoding.stop_token_ids),
+        ignore_eos=True,
+        logprobs=0 if decoding.logprobs else None,
+        flat_logprobs=decoding.logprobs,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+        seed=(request.seed + len(request.token_ids)) % 2**63 if own_seed else None,
+    )
+
+
+def scoring_params() -> SamplingParams:
+    """What vLLM is told of a sequence that is to be scored."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    return SamplingParams(
+        max_tokens=1,
+        prompt_logprobs=0,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_reading_prefix_cache=True,
+    )
 
 
 def _vllm_version() -> str:

@@ -6,14 +6,15 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from copris_lightning.engines.owner import end_with_owner
-from copris_lightning.weights.adapter import ADAPTER_ID
-from copris_lightning.weights.arrival import Arrival, adapter_report, is_head
+from copris_lightning.weights.adapter import ADAPTER_ID, adapter_report
+from copris_lightning.weights.arrival import Arrival, is_head
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Worker
@@ -37,33 +38,69 @@ class CoprisWorkerExtension(_Worker):
             "sees_file": os.path.exists(path),
         }
 
-    def load_trainer_weights(self, path: str) -> dict[str, Any]:
-        """Load a safetensors file of full tensors as a checkpoint has them.
+    def begin_shards(self) -> None:
+        """Make ready for all of a checkpoint's tensors, which come in files, one at a time.
+
+        vLLM gathers what belongs to a layer, whichever file it comes in, and hands a layer to its
+        kernel when it is whole.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        if getattr(
+            self, "_has_open_load", False
+        ):  # it failed; what it left would be taken for ours
+            self._finish_layers()
+        self._has_open_load = True
+        self._forget_packed_experts()
+        self._new_arrival().begin()
+        with set_current_vllm_config(self.vllm_config):
+            initialize_layerwise_reload(self._model())
+
+    def load_shard(self, path: str) -> None:
+        """Load a safetensors file of full tensors as a checkpoint has them."""
+        from vllm.config import set_current_vllm_config
+
+        model: Any = self._model()
+        with set_current_vllm_config(self.vllm_config), self._arrival.watching() as watched:
+            model.load_weights(watched(_tensors(path)))
+
+    def end_shards(self) -> dict[str, Any]:
+        """All files were loaded.
 
         Returns:
-            what of it did not arrive: :meth:`Arrival.report`.
+            what did not arrive: :meth:`Arrival.report`.
         """
-        arrival = self._new_arrival()
-        with arrival.watching() as watched:
-            self._reload(watched(_tensors(path)))
+        with self._arrival.watching():
+            self._finish_layers()
             self._repack_tied_head()
-        return arrival.report()
+        self._has_open_load = False
+        # As vLLM does after a reload: these were computed with the old weights.
+        self.model_runner.reset_lora_state()
+        self.model_runner.reset_encoder_cache()
+        self.model_runner.reset_mm_cache()
+        return self._arrival.end()
 
     def watch_transfer(self) -> None:
         """Before vLLM's own weight transfer: look on, until :meth:`transfer_report`."""
         model: Any = self._model()
         load = type(model).load_weights
+        failed: ExitStack | None = getattr(self, "_looking_on", None)
+        if failed is not None:
+            failed.close()
         self._looking_on = ExitStack()
-        watched = self._looking_on.enter_context(self._new_arrival().watching())
+        self._new_arrival().begin()
+        watched = self._looking_on.enter_context(self._arrival.watching())
         model.load_weights = lambda weights: load(model, watched(weights))
         self._looking_on.callback(delattr, model, "load_weights")
 
     def transfer_report(self) -> dict[str, Any]:
         """After it: what did not arrive, :meth:`Arrival.report`."""
         self._looking_on.close()
+        report = self._arrival.end()
         if not self._arrival.sent:  # a backend that loads in another way
             return {"stale": [], "missing": [], "unused": [], "not_compared": ["all"]}
-        return self._arrival.report()
+        return report
 
     def adapter_report(self, path: str) -> dict[str, Any]:
         """What of a file of adapters the engine does not apply, as :meth:`Arrival.report`."""
@@ -83,15 +120,20 @@ class CoprisWorkerExtension(_Worker):
             self._arrival = Arrival(self._model(), self.model_config.dtype)
         return self._arrival
 
-    def _reload(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        # vLLM warns at every reload that rotary embeddings (which have no weights) and tied heads
-        # (see below) were not loaded.
+    def _finish_layers(self) -> None:
+        """Hand those layers to their kernels that are not whole (they are padded), and put back
+        those that nothing came for."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        # vLLM warns that rotary embeddings (which have no weights) and tied heads (see below) were
+        # not loaded.
         log = logging.getLogger("vllm.model_executor.model_loader.reload.layerwise")
         level = log.level
         log.setLevel(logging.ERROR)
         try:
-            self._forget_packed_experts()
-            self.reload_weights(weights_iterator=tensors)
+            with set_current_vllm_config(self.vllm_config):
+                finalize_layerwise_reload(self._model(), self.model_config)
         finally:
             log.setLevel(level)
 
@@ -113,11 +155,11 @@ class CoprisWorkerExtension(_Worker):
             if is_head(module) and hasattr(module, "quant_method"):
                 module.quant_method.process_weights_after_loading(module)
 
-    def explain_mismatch(self, path: str) -> str:
-        """What can be said of the weights in the file and of those that the engine has now."""
+    def explain_mismatch(self, paths: list[str]) -> str:
+        """What can be said of the weights in the files and of those that the engine has now."""
         if not hasattr(self, "_arrival"):
             return "what the engine has could not be found out: nothing was sent to it in this way"
-        return self._arrival.explain(_tensors(path))
+        return self._arrival.explain(chain.from_iterable(map(_tensors, paths)))
 
     def _model(self) -> nn.Module:
         model: nn.Module = self.model_runner.get_model()

@@ -1,51 +1,30 @@
-"""Keeps the cap full, ends the stage when the batch is ready, and carries the rest over.
+"""Keeps the cap full, takes a batch when it is ready, and carries the rest over.
 
 All of it runs on one event loop, and every decision is made without awaiting between looking at
 the buffer and changing it. So in flight equals the cap at every moment of a stage while work is
 left, and what a chunk brought is in the buffer before anything else can happen.
+
+Each trajectory is an :class:`Episode`, a task of its own that outlives stages: a hold ends its
+stream, and it waits for its next turn.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import aclosing
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from hashlib import blake2b
-from typing import Any, Literal, Protocol
+from typing import Literal
 
 from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
-from copris_lightning.engines.engine import Chunk, Decoding, Engine, GenerationRequest
-from copris_lightning.errors import CoprisError, EngineError, RolloutError
-from copris_lightning.rollout.rewards import Prompt
-from copris_lightning.rollout.stops import StopStrings, StopWatch
+from copris_lightning.engines.engine import Chunk, Engine
+from copris_lightning.errors import EngineError, RolloutError
+from copris_lightning.rollout.episode import Episode
+from copris_lightning.rollout.figures import Figures, StageStats
+from copris_lightning.rollout.shared_engine import SharedEngine
+from copris_lightning.rollout.task import Task
 
-
-@dataclass(frozen=True, slots=True)
-class QueuedPrompt:
-    """A prompt ready for the engine: the user's prompt, its place in the source, its tokens."""
-
-    prompt: Prompt
-    index: int
-    token_ids: tuple[int, ...]
-
-
-class PromptQueue(Protocol):
-    """Where fresh prompts come from."""
-
-    def next(self) -> QueuedPrompt | None:
-        """The next prompt, or ``None`` when there are no more."""
-        ...
-
-    def prompt(self, index: int) -> Prompt:
-        """A prompt taken before, for its reward (also after a restore)."""
-        ...
-
-
-Scorer = Callable[[str, Prompt], Awaitable[float]]
-Decoder = Callable[[Sequence[int]], str]
-Accept = Callable[[PromptGroup], bool]
 EventKind = Literal["start", "resume", "chunk", "finish", "score", "drop", "carry_over", "deliver"]
 
 
@@ -69,96 +48,46 @@ class Event:
     tokens: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StageStats:
-    """Figures of one stage.
-
-    Attributes:
-        seconds: from the first request to the last abort, on the loop's clock.
-        tokens: response tokens received.
-        resent_tokens: response tokens sent again as prefix when trajectories resumed.
-        carried_over: trajectories left unfinished at the end.
-        ready_groups: complete groups left for the next batch.
-        dropped_groups: complete groups that were not accepted, since the stage before ended.
-        in_flight_mean: time average of trajectories in flight.
-        dropped_tokens: of ``tokens``, those that came after the end of a stop string.
-    """
-
-    seconds: float
-    tokens: int
-    resent_tokens: int
-    carried_over: int
-    ready_groups: int
-    dropped_groups: int
-    in_flight_mean: float
-    dropped_tokens: int = 0
-
-
 class RolloutScheduler:
-    """Runs rollout stages on an engine. See the module's first lines for what it guarantees.
+    """Rolls a task out on an engine. See the module's first lines for what it guarantees.
 
     Args:
-        engine: generates.
+        shared: the engine, and the cap over all who generate on it.
         buffer: knows which trajectory is where.
-        prompts: where fresh prompts come from.
-        scorer: ``await scorer(response_text, prompt)`` gives the reward.
-        decode: response token ids to text, for the scorer only.
-        decoding: how the engine is to choose tokens. It stops at the buffer's stop tokens,
-            whatever stands here.
-        stops: strings that end a response, too.
-        seed: of the requests' seeds.
-        name: begins every request id, so that two schedulers can share an engine.
-        accept: whether a complete group may be trained on; one that may not is dropped, and a
-            fresh prompt takes its place. What it raises ends the stage.
+        task: the prompts, and how they are answered and scored.
         observer: called with every :class:`Event`; must not block.
     """
 
     def __init__(
         self,
-        *,
-        engine: Engine,
+        shared: SharedEngine,
         buffer: CarryOverBuffer,
-        prompts: PromptQueue,
-        scorer: Scorer,
-        decode: Decoder,
-        decoding: Decoding | None = None,
-        stops: StopStrings | None = None,
-        seed: int = 0,
-        name: str = "train",
-        accept: Accept = lambda group: True,
+        task: Task,
         observer: Callable[[Event], None] = lambda event: None,
     ) -> None:
-        self.engine = engine
+        stop_token_ids = tuple(sorted(buffer.stop_token_ids))
+        self.shared = shared
         self.buffer = buffer
-        self.prompts = prompts
+        self.task = replace(task, decoding=replace(task.decoding, stop_token_ids=stop_token_ids))
         self.observer = observer
-        self._scorer = scorer
-        self._decode = decode
-        self._decoding = replace(
-            decoding or Decoding(), stop_token_ids=tuple(sorted(buffer.stop_token_ids))
-        )
-        self._stops = stops
-        self._seed = seed
-        self._name = name
-        self._accept = accept
-        self._dropped = 0
-        self._generating: dict[Key, asyncio.Task[None]] = {}
-        self._scoring: dict[Key, asyncio.Task[None]] = {}
+        self.is_taking = False
+        self.figures = Figures(buffer)
+        self._episodes: dict[Key, Episode] = {}
+        self._streaming: set[Key] = set()
         self._failure: BaseException | None = None
-        self._wake = asyncio.Event()
+        self._changed = asyncio.Event()
         self._requests = 0
-        self._stopping = True
-        self._clock = _StageClock()
+        shared.join(self)
 
-    async def collect(self) -> tuple[list[PromptGroup], StageStats]:
-        """Run one stage: until a batch of B complete groups is ready.
+    async def take(self) -> tuple[list[PromptGroup], StageStats]:
+        """Generate until a batch of B complete groups is ready, hold the engine, and take it.
 
-        Whatever way it ends, nothing is in flight afterwards and every token received is in the
-        buffer. Rewards still being computed go on during training; a failure among them is
-        raised by the next call.
+        Whatever way it ends, nothing is in flight afterwards and every token that the engine had
+        made is in the buffer. Rewards still being computed go on during training; a failure among
+        them is raised by the next call.
 
         Raises:
-            EngineError: the engine failed; names the prompt.
+            EngineError: the engine failed; names the prompt if that was asked for.
             RewardError: a reward failed; names the prompt.
             RolloutError: the prompts are used up before the batch is full, or too many groups in
                 a row were dropped.
@@ -166,167 +95,188 @@ class RolloutScheduler:
         assert not self.buffer.in_flight, "a stage begins with nothing in flight"
         self.buffer.advance(self.engine.version)
         self.buffer.settle()
-        self._clock = _StageClock(asyncio.get_running_loop().time())
-        self._stopping = False
+        self.figures.begin(asyncio.get_running_loop().time())
         try:
             self._raise_failure()
             if not self.buffer.can_take():
-                self._score_restored()  # none is still out where nothing is waited for
-                self._fill()
-            while not self.buffer.can_take():
-                self._raise_failure()
-                if not self._generating and not self._scoring:
-                    raise RolloutError(
-                        f"the prompts are used up: {self.buffer.ready_groups} groups are ready, "
-                        f"a batch takes {self.buffer.batch_groups}"
-                    )
-                self._wake.clear()
-                await self._wake.wait()
-            self._raise_failure()
-        finally:
-            await self._halt()
+                await self.shared.begin_stage()
+                await self._until_ready()
+        except BaseException:
+            self.is_taking = False
+            with suppress(EngineError):  # what failed first says more
+                await self.shared.end_stage()
+            raise
+        await self.shared.end_stage()
+        self._raise_failure()
         groups = self.buffer.take()
         self._emit("deliver")
-        dropped, self._dropped = self._dropped, 0
-        return groups, self._clock.stats(self.buffer, dropped)
+        tokens = sum(t.response_length for group in groups for t in group.trajectories)
+        return groups, self.figures.delivered(tokens)
 
     async def close(self) -> None:
         """Cancel what is still being generated or scored. The buffer keeps what it has."""
-        await self._halt()
-        await _cancel(self._scoring)
+        self.is_taking = False
+        await _cancel([episode.work for episode in self._episodes.values()])
+        self._carry_over()
+        self.shared.leave(self)
+
+    async def _until_ready(self) -> None:
+        self._score_restored()
+        while not self.buffer.can_take():
+            self.is_taking = True
+            self._raise_failure()
+            self.shared.fill()
+            if self.shared.has_room and not self.in_flight + self.buffer.count(Status.FINISHED):
+                raise RolloutError(
+                    f"the prompts are used up: {self.buffer.ready_groups} groups are ready, "
+                    f"a batch takes {self.buffer.batch_groups}"
+                )
+            self._changed.clear()
+            await self._changed.wait()
+        self.is_taking = False
+        self._raise_failure()
 
     # -- starting work ---------------------------------------------------------------------
 
-    def _fill(self) -> None:
+    @property
+    def in_flight(self) -> int:
+        """Trajectories in flight."""
+        return self.buffer.in_flight
+
+    def fill(self) -> None:
         """Start trajectories until the cap is reached or nothing may be started."""
-        while not self._stopping:
+        while self.is_taking and self.shared.has_room:
             trajectory = self.buffer.next()
             if trajectory is not None:
-                key = (trajectory.group_id, trajectory.sample)
-                self._spawn(self._generating, key, self._generate(key, trajectory))
-                length = trajectory.response_length
-                self._clock.resent_tokens += length
-                self._emit("resume" if length else "start", key, length)
+                self._start(trajectory)
                 continue
             if self.buffer.in_flight >= self.buffer.limit or not self.buffer.may_admit():
                 return
-            queued = self.prompts.next()
+            queued = self.task.prompts.next()
             if queued is None:
                 return
             self.buffer.admit(queued.prompt.id, queued.index, queued.token_ids)
 
+    def _start(self, trajectory: Trajectory) -> None:
+        key = (trajectory.group_id, trajectory.sample)
+        self._streaming.add(key)
+        if key not in self._episodes:
+            self._spawn(trajectory)
+        self._episodes[key].go_on()
+        length = trajectory.response_length
+        self.figures.resent(length)
+        self._emit("resume" if length else "start", key, length)
+
     def _score_restored(self) -> None:
         """Finished trajectories of a loaded state are scored again: their tasks are gone."""
         for key in self.buffer.keys(Status.FINISHED):
-            if key not in self._scoring:
-                self._spawn(self._scoring, key, self._score(key))
+            if key not in self._episodes:
+                self._spawn(self.buffer.trajectory(key))
 
-    def _spawn(
-        self,
-        tasks: dict[Key, asyncio.Task[None]],
-        key: Key,
-        work: Coroutine[Any, Any, None],
-    ) -> None:
-        def done(task: asyncio.Task[None]) -> None:
-            del tasks[key]
-            if not task.cancelled() and task.exception() is not None and self._failure is None:
-                self._failure = task.exception()
-            self._wake.set()
+    def _spawn(self, trajectory: Trajectory) -> None:
+        prompt = self.task.prompts.prompt(self.buffer.group(trajectory.group_id).prompt_index)
+        episode = Episode(self, trajectory, prompt)
+        self._episodes[episode.key] = episode
 
-        task = asyncio.get_running_loop().create_task(work)
-        tasks[key] = task
-        task.add_done_callback(done)
+        def done(work: asyncio.Task[None]) -> None:
+            del self._episodes[episode.key]
+            if not work.cancelled() and work.exception() is not None:
+                self._failure = self._failure or work.exception()
+                self._changed.set()
 
-    # -- one trajectory --------------------------------------------------------------------
+        episode.work.add_done_callback(done)
 
-    async def _generate(self, key: Key, trajectory: Trajectory) -> None:
+    # -- what episodes tell ----------------------------------------------------------------
+
+    @property
+    def engine(self) -> Engine:
+        """What generates."""
+        return self.shared.engine
+
+    @property
+    def is_held(self) -> bool:
+        """Whether streams end now, and none may be opened."""
+        return self.shared.is_held
+
+    def request_id(self, key: Key) -> str:
+        """A name that no request had before."""
         self._requests += 1
-        request = GenerationRequest(
-            request_id=f"{self._name}-{key[0]}-{key[1]}-{self._requests}",
-            token_ids=tuple(trajectory.sequence),
-            max_new_tokens=trajectory.remaining_tokens,
-            decoding=self._decoding,
-            seed=trajectory_seed(self._seed, *key),
-        )
-        watch = self._stops.watch(trajectory.tokens) if self._stops else None
-        try:
-            async with aclosing(self.engine.generate(request)) as chunks:
-                async for chunk in chunks:
-                    if chunk.finish_reason not in (None, "stop", "length"):
-                        raise EngineError(
-                            f"the engine ended the response to prompt {trajectory.prompt_id!r} "
-                            f"by itself: {chunk.finish_reason}"
-                        )
-                    self._append(key, chunk, watch)
-                    finished = self.buffer.status(key) is Status.FINISHED
-                    if finished:
-                        self._spawn(self._scoring, key, self._score(key))
-                        self._fill()
-                    self._clock.tokens += len(chunk.token_ids)
-                    self._emit("chunk", key, len(chunk.token_ids))
-                    if finished:
-                        self._emit("finish", key)
-                        return
-        except CoprisError as error:
-            error.add_note(f"while generating prompt {trajectory.prompt_id!r}, sample {key[1]}")
-            raise
-        except ValueError as error:
-            raise EngineError(
-                f"prompt {trajectory.prompt_id!r}, sample {key[1]}: the engine sent a chunk that "
-                f"does not fit: {error}"
-            ) from error
-        raise EngineError(
-            f"the engine ended the response to prompt {trajectory.prompt_id!r} after "
-            f"{trajectory.response_length} tokens without a finish reason"
-        )
+        return f"{self.task.name}-{key[0]}-{key[1]}-{self._requests}"
 
-    def _append(self, key: Key, chunk: Chunk, watch: StopWatch | None) -> None:
-        """Keep a chunk, up to the token that completes a stop string: the response ends with it.
-        (The engine, which does not know, is told by closing its stream.)"""
+    def received(self, key: Key, chunk: Chunk, kept: int, *, stops: bool) -> bool:
+        """Keep the first tokens of a chunk, and start something if the response ends with them."""
         tokens, logprobs = chunk.token_ids, chunk.logprobs
-        kept = watch.first_end(tokens) if watch else None
-        if kept is not None and kept < len(tokens):
-            dropped = len(tokens) - kept
-            self._clock.dropped_tokens += dropped
+        dropped = len(tokens) - kept
+        if dropped:
             # From the end: numbers that were unequal stay so, and are refused.
             tokens, logprobs = tokens[:-dropped], logprobs and logprobs[:-dropped]
-        self.buffer.append(key, tokens, logprobs, chunk.version, stops=kept is not None)
-        if chunk.finish_reason and self.buffer.status(key) is Status.IN_FLIGHT:
-            self.buffer.finish(key, chunk.finish_reason)
+        self.buffer.append(key, tokens, logprobs, chunk.version, stops=stops)
+        self.figures.received(len(chunk.token_ids), dropped)
+        if chunk.ending in ("stop", "length") and self.buffer.status(key) is Status.IN_FLIGHT:
+            self.buffer.finish(key, chunk.ending)
+        is_finished = self.buffer.status(key) is Status.FINISHED
+        if is_finished:
+            self.shared.fill()
+        if tokens or chunk.ending != "held":  # most holds find nothing unread
+            self._emit("chunk", key, len(chunk.token_ids))
+        if is_finished:
+            self._emit("finish", key)
+        return is_finished
 
-    async def _score(self, key: Key) -> None:
-        trajectory = self.buffer.trajectory(key)
-        prompt = self.prompts.prompt(self.buffer.group(key[0]).prompt_index)
-        reward = await self._scorer(self._decode(trajectory.tokens), prompt)
+    def left(self, key: Key) -> None:
+        """An episode's stream is closed."""
+        self._streaming.discard(key)
+        if not self._streaming:
+            self._changed.set()
+
+    def scored(self, key: Key, reward: float) -> None:
+        """Keep a reward; a complete group is ready, or dropped."""
         is_complete = self.buffer.score(key, reward)
         self._emit("score", key)
         if is_complete:
             self._filter(key)
         if self.buffer.can_take():
-            self._stopping = True  # nothing is started for a stage that is about to end
+            self.is_taking = False  # nothing is started for a stage that is about to end
+        self._changed.set()
 
     def _filter(self, key: Key) -> None:
         """Drop a complete group that is not accepted, and start something in its place."""
         accepted = False
         try:
-            accepted = self._accept(self.buffer.group(key[0]))
+            accepted = self.task.accept(self.buffer.group(key[0]))
         finally:
             if not accepted:
-                self.buffer.evict(key[0])
-                self._dropped += 1
+                group = self.buffer.evict(key[0])
+                self.figures.dropped(sum(t.response_length for t in group.trajectories))
                 self._emit("drop", key)
         if not accepted:
-            self._fill()
+            self.shared.fill()
 
-    # -- ending a stage --------------------------------------------------------------------
+    # -- what the engine's other users tell ------------------------------------------------
 
-    async def _halt(self) -> None:
-        """Claim everything in flight in one sweep, then stop the engine's work on it."""
-        self._stopping = True
+    def released(self, version: int) -> None:
+        """The engine generates again, under ``version``. (A loaded buffer may be ahead of an engine
+        that awaits its first weights.)"""
+        self.buffer.advance(max(version, self.buffer.version))
+        self._changed.set()
+
+    async def settle(self, *, force: bool = False) -> None:
+        """The engine is held: have all streams read to their ends, and carry over what they hold.
+
+        Args:
+            force: cancel them instead, since they may have none.
+        """
+        if force:
+            await _cancel([self._episodes[key].work for key in self._streaming])
+        while self._streaming:
+            self._changed.clear()
+            await self._changed.wait()
+        self._carry_over()
+
+    def _carry_over(self) -> None:
         for key in self.buffer.carry_over():
             self._emit("carry_over", key)
-        await _cancel(self._generating)
-        self._clock.end(asyncio.get_running_loop().time())
+        self.figures.end(asyncio.get_running_loop().time())
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None
@@ -335,52 +285,13 @@ class RolloutScheduler:
 
     def _emit(self, kind: EventKind, key: Key | None = None, tokens: int = 0) -> None:
         now = asyncio.get_running_loop().time()
-        self._clock.count(now, self.buffer.in_flight)
+        self.figures.observe(now, self.buffer.in_flight)
         self.observer(Event(kind, now, self.buffer.in_flight, key, tokens))
 
 
-async def _cancel(tasks: dict[Key, asyncio.Task[None]]) -> None:
+async def _cancel(tasks: list[asyncio.Task[None]]) -> None:
     """Cancel tasks and wait until they are gone."""
-    pending = list(tasks.values())
-    for task in pending:
+    for task in tasks:
         task.cancel()
-    if pending:
-        await asyncio.wait(pending)
-
-
-def trajectory_seed(seed: int, group_id: int, sample: int) -> int:
-    """A 63-bit seed that differs for every trajectory of a run."""
-    digest = blake2b(repr((seed, group_id, sample)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-class _StageClock:
-    """Adds up one stage's figures as events pass."""
-
-    def __init__(self, start: float = 0.0) -> None:
-        self._start = self._last = self._end = start
-        self._in_flight = 0
-        self._area = 0.0
-        self.tokens = 0
-        self.dropped_tokens = 0
-        self.resent_tokens = 0
-
-    def count(self, now: float, in_flight: int) -> None:
-        self._area += self._in_flight * (now - self._last)
-        self._last, self._in_flight = now, in_flight
-
-    def end(self, now: float) -> None:
-        self._end = now
-
-    def stats(self, buffer: CarryOverBuffer, dropped_groups: int) -> StageStats:
-        seconds = self._end - self._start
-        return StageStats(
-            seconds=seconds,
-            tokens=self.tokens,
-            resent_tokens=self.resent_tokens,
-            carried_over=buffer.count(Status.CARRIED_OVER),
-            ready_groups=buffer.ready_groups,
-            dropped_groups=dropped_groups,
-            in_flight_mean=self._area / seconds if seconds > 0 else 0.0,
-            dropped_tokens=self.dropped_tokens,
-        )
+    if tasks:
+        await asyncio.wait(tasks)

@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import Trajectory
-from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, Killable
+from copris_lightning.engines.engine import Decoding, Engine, EngineSpec
 from copris_lightning.errors import under
 from copris_lightning.rollout.decoding import ResponseDecoder
 from copris_lightning.rollout.loop_thread import CLEANUP_S, LoopThread
 from copris_lightning.rollout.rewards import RewardScorer
-from copris_lightning.rollout.scheduler import Accept, Event, PromptQueue, RolloutScheduler
+from copris_lightning.rollout.scheduler import Event, RolloutScheduler
+from copris_lightning.rollout.shared_engine import SharedEngine
 from copris_lightning.rollout.spawning import refuse_second_run
 from copris_lightning.rollout.stops import StopStrings
+from copris_lightning.rollout.task import Accept, PromptQueue, Task
 
 T = TypeVar("T")
 
@@ -51,6 +53,8 @@ class RolloutSession:
     ) -> None:
         refuse_second_run()
         self.engine = engine
+        self.shared = SharedEngine(engine, spec.max_num_seqs)
+        """The engine as schedulers share it; holds and releases it."""
         self._scorer = scorer
         self.decode = decode
         self._on_wait = on_wait
@@ -112,19 +116,17 @@ class RolloutSession:
         observer: Callable[[Event], None],
     ) -> RolloutScheduler:
         """A scheduler on this engine; closed with the session."""
-        scheduler = RolloutScheduler(
-            engine=self.engine,
-            buffer=buffer,
+        task = Task(
             prompts=prompts,
             scorer=self._scorer,
             decode=self.decode,
             decoding=decoding,
             stops=StopStrings(tuple(decoding.sampling.stop), self.decode.verbatim),
+            accept=accept or (lambda group: True),
             seed=seed,
             name=name,
-            accept=accept or (lambda group: True),
-            observer=observer,
         )
+        scheduler = RolloutScheduler(self.shared, buffer, task, observer)
         self._schedulers.append(scheduler)
         return scheduler
 
@@ -169,8 +171,7 @@ class RolloutSession:
         try:
             self._loop.call(self.engine.close(), timeout_s=CLEANUP_S)
         except BaseException:  # it hangs, or whoever waits for it was told to stop
-            if isinstance(self.engine, Killable):
-                self.engine.kill()
+            self.engine.kill()
             raise
 
 

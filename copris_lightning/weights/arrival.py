@@ -19,8 +19,9 @@ is no error. Not compared: quantized layers and kinds of layers unknown here; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -33,8 +34,25 @@ _COLUMNS = 16
 """Of a weight that are asked for."""
 
 
+@dataclass
+class _Load:
+    """What was seen of one load. By the engine's names: what its parameters have to hold, columns
+    of linear layers' weights, experts' outputs and elements; parameters that held something else
+    when their kernel got them, and such as nothing was copied into."""
+
+    copies: Copies = field(default_factory=Copies)
+    expected: dict[str, Written] = field(default_factory=dict)
+    columns: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    experts: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    wrong: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
+    hooks: ExitStack = field(default_factory=ExitStack)
+
+
 class Arrival:
     """What the last load brought, and whether the engine computes with it.
+
+    A load may come in parts: :meth:`begin`, :meth:`watching` around each part, :meth:`end`.
 
     Args:
         model: the engine's.
@@ -45,39 +63,47 @@ class Arrival:
         self._model = model
         self._dtype = dtype
         self.sent: dict[str, int] = {}
-        self._expected: dict[str, Written] = {}
-        self._columns: dict[str, tuple[Tensor, Tensor]] = {}
-        self._experts: dict[str, tuple[Tensor, int]] = {}
+        self._load = _Load()
         self._sums: dict[str, Tensor] = {}
         self._exact: set[str] = set()
-        self._wrong: set[str] = set()
-        self._absent: set[str] = set()
         self._ignored: list[str] = []
         self._unused: list[str] = []
 
-    @contextmanager
-    def watching(self) -> Iterator[Callable[[Tensors], Tensors]]:
-        """Around a load: notes what becomes of the tensors that pass through what it gives."""
-        self._columns, self._experts, self._expected = {}, {}, {}
-        self._wrong, self._absent = set(), set()
-        copies = Copies()
+    def begin(self) -> None:
+        """Before a load. What was seen of the last one, also if it was not ended, is forgotten."""
+        self._load.hooks.close()
+        self._load = _Load()
         names = {module: name for name, module in self._model.named_modules()}
-        with ExitStack() as hooks:
-            for module in names:
-                method = getattr(module, "quant_method", None)
-                if hasattr(method, "process_weights_after_loading"):
-                    hooks.enter_context(self._hooked(method, names, copies))
-            with copies:
-                yield copies.watched
-        self._settle(copies)
+        for module in names:
+            method = getattr(module, "quant_method", None)
+            if hasattr(method, "process_weights_after_loading"):
+                self._load.hooks.enter_context(self._hooked(method, names))
 
     @contextmanager
-    def _hooked(self, method: Any, names: dict[nn.Module, str], copies: Copies) -> Iterator[None]:
+    def watching(self) -> Iterator[Callable[[Tensors], Tensors]]:
+        """Around a part of a load: notes what becomes of the tensors that pass through what it
+        gives."""
+        with self._load.copies:
+            yield self._load.copies.watched
+
+    def end(self) -> dict[str, Any]:
+        """After a load.
+
+        Returns:
+            :meth:`report`.
+        """
+        self._load.hooks.close()
+        self._settle(self._load.copies)
+        return self.report()
+
+    @contextmanager
+    def _hooked(self, method: Any, names: dict[nn.Module, str]) -> Iterator[None]:
         """Looks at a layer's weights once more before its kernel gets them."""
         if "process_weights_after_loading" in vars(method):
             yield  # one for several layers
             return
         process = method.process_weights_after_loading
+        copies = self._load.copies
 
         def look_first(layer: nn.Module) -> None:
             copies.is_paused = True
@@ -99,17 +125,17 @@ class Arrival:
             if parameter.numel() == 0 or parameter.is_meta:
                 continue
             written = copies.of(parameter)
-            if key == "weight" and name in self._columns:
+            if key == "weight" and name in self._load.columns:
                 total = int(self._sums[name].sum()) % 2**64
             else:
                 total = checksum(parameter)
             if written is None:
-                self._absent.add(f"{name}.{key}")
+                self._load.absent.add(f"{name}.{key}")
             elif not written.agrees(total):
-                self._wrong.add(f"{name}.{key}")
+                self._load.wrong.add(f"{name}.{key}")
         if _has_experts(layer):
             both = checksum(layer.w13_weight) + checksum(layer.w2_weight)
-            self._experts[name] = (_expert_outputs(layer, self._dtype), both % 2**64)
+            self._load.experts[name] = (_expert_outputs(layer, self._dtype), both % 2**64)
 
     def _choose_columns(self, name: str, weight: Any) -> None:
         """Keep columns to compare, first of all such as changed since the last load."""
@@ -120,14 +146,14 @@ class Arrival:
         spread = torch.arange(len(sums), device=sums.device) * 0.61803398875 % 1.0
         chosen = (changed + spread).topk(min(_COLUMNS, len(sums))).indices
         self._sums[name] = sums
-        self._columns[name] = (chosen, weight.detach()[:, chosen].clone())
+        self._load.columns[name] = (chosen, weight.detach()[:, chosen].clone())
 
     def _settle(self, copies: Copies) -> None:
         """Keep what is needed to compare again later: numbers and a few columns."""
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             written = copies.of(parameter)
             if written is not None:
-                self._expected[name] = written
+                self._load.expected[name] = written
         used = copies.used
         before, self.sent = self.sent, copies.sent
         self._ignored = [name for name in self.sent if name not in used]
@@ -144,19 +170,19 @@ class Arrival:
             ``unused``, names that changed and were copied nowhere by this process;
             ``not_compared``, layers; ``tensors``, how many were sent.
         """
-        stale, missing, other = set(self._wrong), set(self._absent), set()
+        stale, missing, other = set(self._load.wrong), set(self._load.absent), set()
         module: Any
         for name, module in self._model.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
                 full = f"{name}.{key}"
                 if parameter.numel() == 0 or (_has_experts(module) and "_weight" in key):
                     continue
-                if full not in self._expected:
+                if full not in self._load.expected:
                     missing.add(full)
-                elif not self._expected[full].agrees(checksum(parameter)):
+                elif not self._load.expected[full].agrees(checksum(parameter)):
                     stale.add(full)
-            if _is_linear(module) or name in self._columns:
-                if name not in self._columns:
+            if _is_linear(module) or name in self._load.columns:
+                if name not in self._load.columns:
                     if module.weight.numel() == 0:
                         missing.add(f"{name}.weight")
                         continue
@@ -164,7 +190,7 @@ class Arrival:
                 if not self._computes_with(name, module):
                     stale.add(f"{name}.weight")
             elif _has_experts(module):
-                if name not in self._experts:
+                if name not in self._load.experts:
                     missing.add(f"{name}.w13_weight")
                 elif not self._has_experts_of(name, module):
                     stale.add(f"{name}.w13_weight")
@@ -204,7 +230,7 @@ class Arrival:
 
     def _computes_with(self, name: str, module: Any) -> bool:
         """Whether a linear layer's products with unit vectors are the columns of its weight."""
-        chosen, columns = self._columns[name]
+        chosen, columns = self._load.columns[name]
         width = len(self._sums[name])
         units = torch.zeros(len(chosen), width, dtype=columns.dtype, device=columns.device)
         units[torch.arange(len(chosen)), chosen] = 1.0
@@ -216,7 +242,7 @@ class Arrival:
         return name not in self._exact and _is_close(product, columns, 2**-7)
 
     def _has_experts_of(self, name: str, module: Any) -> bool:
-        outputs, elements = self._experts[name]
+        outputs, elements = self._load.experts[name]
         if (checksum(module.w13_weight) + checksum(module.w2_weight)) % 2**64 != elements:
             return False
         if module.w13_weight.device.type != "cpu":
@@ -297,34 +323,6 @@ def _expert_outputs(layer: Any, dtype: torch.dtype) -> Tensor:
     if getattr(layer, "w2_bias", None) is not None:
         output = output + layer.w2_bias.float()
     return output
-
-
-def adapter_report(tensors: Tensors, held: Iterable[Sequence[Tensor]]) -> dict[str, Any]:
-    """Compare adapters with what an engine applies.
-
-    Args:
-        tensors: that were sent.
-        held: for each of the engine's layers, the parts that it is stacked of, padded with zeros.
-
-    Returns:
-        as :meth:`Arrival.report`.
-    """
-    sums: set[int] = set()
-    dtype = torch.float32
-    for parts in held:
-        each = [checksum(part) for part in parts]
-        # A model may have one layer where the engine has several, or the other way around.
-        sums |= {*each, sum(each) % 2**64}
-        dtype = parts[0].dtype
-    named = list(tensors)
-    stale = [name for name, tensor in named if checksum(tensor.to(dtype)) not in sums]
-    return {
-        "stale": sorted(stale),
-        "missing": [],
-        "unused": [],
-        "not_compared": [],
-        "tensors": len(named),
-    }
 
 
 def fault(reports: Iterable[dict[str, Any]]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Awaitable, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import (
@@ -21,7 +21,24 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    from copris_lightning.weights.files import FilesTransport
     from copris_lightning.weights.transport import Run, Weights
+
+
+class TransferReceiver(Protocol):
+    """The engine's part in vLLM's own transfer, besides what vLLM asks of it."""
+
+    async def begin_transfer(self) -> None:
+        """Be ready for weights by vLLM's own transfer."""
+        ...
+
+    async def end_transfer(self) -> None:
+        """They were sent.
+
+        Raises:
+            WeightSyncError: the engine does not compute with them.
+        """
+        ...
 
 
 class FullWeights(WeightSource):
@@ -32,7 +49,7 @@ class FullWeights(WeightSource):
     """
 
     def __init__(self, weights: Weights) -> None:
-        self._weights = weights
+        self.weights = weights
         # Split weights only show their full shape when put together: look at each once.
         self._metadata = [ParamMeta(n, t.dtype, tuple(t.shape)) for n, t in weights()]
 
@@ -42,7 +59,7 @@ class FullWeights(WeightSource):
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Names and full tensors."""
-        return self._weights()
+        return self.weights()
 
 
 class WeightSyncClient:
@@ -80,37 +97,98 @@ class WeightSyncClient:
         self._run(call())
 
 
-def new_sender(
-    backend: str, weights: Weights, rank: int, llm: AsyncLLM | None, run: Run
-) -> Callable[[], None]:
-    """A function that sends the weights; made on every rank, and called on every rank.
+class VLLMTransfer:
+    """Weights through vLLM's own transfer, from all ranks. See
+    :class:`~copris_lightning.weights.transport.Transport`.
 
     Args:
         backend: of vLLM's weight transfer.
-        weights: begins a pass over names and full tensors.
-        rank: of this process in the trainer; rank 0 talks to the engine.
-        llm: the engine, on rank 0.
-        run: runs a coroutine on the engine's loop and waits for it.
+        receiver: the engine; it is called on rank 0 only.
+        llm: vLLM's, on rank 0.
+        rank: of this process in the trainer.
+        run: on rank 0, reaches the engine's loop.
+        files: for what the engine is to be shown in files.
+        keep_host_copy: write each set to ``files`` too, which an engine can be started from.
+            Without it all ranks have to send again.
     """
-    info: TrainerInitInfo
-    if backend == "nccl":
-        # Other ranks take no part in the group of the sender and the engine's workers.
-        workers = 0 if llm is None else llm.vllm_config.parallel_config.world_size_across_dp
-        info = NCCLTrainerInitInfo(
-            master_address=socket.gethostbyname(socket.gethostname()),
-            master_port=_free_port(),
-            world_size=1 + workers,
-            rank=rank,
-        )
-    else:
-        # Packed: a bounded buffer, instead of all weights at once.
-        info = IPCTrainerInitInfo(packed=True, rank=rank)
-    client: Any = None if llm is None else WeightSyncClient(llm, run)
-    sender = WeightTransferTrainerFactory.trainer_init(
-        info, client=client, source=FullWeights(weights)
-    )
-    send: Callable[[], None] = sender.send_weights
-    return send
+
+    def __init__(
+        self,
+        backend: str,
+        receiver: TransferReceiver,
+        llm: AsyncLLM | None,
+        rank: int,
+        run: Run,
+        files: FilesTransport,
+        *,
+        keep_host_copy: bool = False,
+    ) -> None:
+        self._backend = backend
+        self._receiver = receiver
+        self._llm = llm
+        self._rank = rank
+        self._run = run
+        self._files = files
+        self._keeps = keep_host_copy
+        self._sender: tuple[FullWeights, Callable[[], None]] | None = None
+
+    def send(self, weights: Weights) -> None:
+        """From all ranks to the engine's workers, through a bounded buffer.
+
+        Raises:
+            WeightSyncError: on rank 0, the engine does not compute with them.
+        """
+        if self._rank == 0:
+            self._run(self._receiver.begin_transfer())
+        if self._sender is None:
+            source = FullWeights(weights)
+            self._sender = (source, self._new_sender(source))
+        source, send = self._sender
+        source.weights = weights
+        send()
+        if self._keeps:
+            self._files.keep(weights)
+        if self._rank == 0:
+            self._run(self._receiver.end_transfer())
+
+    def restore(self) -> None:
+        """Give the host copy to an engine that has booted again; all ranks meet it at the next
+        send.
+
+        Raises:
+            WeightSyncError: there is none, or the engine did not take it.
+        """
+        self._sender = None
+        self._files.restore()
+
+    def explain(self, weights: Weights) -> str:
+        """See :class:`~copris_lightning.weights.transport.Transport`."""
+        return self._files.explain(weights)
+
+    def close(self) -> None:
+        """Remove the host copy. May be called twice."""
+        self._files.close()
+
+    def _new_sender(self, source: FullWeights) -> Callable[[], None]:
+        """vLLM's function that sends the source's weights; made and called on every rank."""
+        info: TrainerInitInfo
+        if self._backend == "nccl":
+            # Other ranks take no part in the group of the sender and the engine's workers.
+            llm = self._llm
+            workers = 0 if llm is None else llm.vllm_config.parallel_config.world_size_across_dp
+            info = NCCLTrainerInitInfo(
+                master_address=socket.gethostbyname(socket.gethostname()),
+                master_port=_free_port(),
+                world_size=1 + workers,
+                rank=self._rank,
+            )
+        else:
+            # Packed: a bounded buffer, instead of all weights at once.
+            info = IPCTrainerInitInfo(packed=True, rank=self._rank)
+        client: Any = None if self._llm is None else WeightSyncClient(self._llm, self._run)
+        sender = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+        send: Callable[[], None] = sender.send_weights
+        return send
 
 
 def _free_port() -> int:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.rollout.rewards import Prompt
-from copris_lightning.rollout.scheduler import QueuedPrompt
+from copris_lightning.rollout.task import QueuedPrompt
 
 
 def queue(*prompts: Prompt) -> list[QueuedPrompt]:

@@ -7,12 +7,19 @@ from contextlib import aclosing
 from statistics import fmean, median
 
 import pytest
+import torch
 
-from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, GenerationRequest
-from copris_lightning.engines.simulated import (
+from copris_lightning.engines.engine import (
+    Decoding,
+    Engine,
+    EngineSpec,
+    GenerationRequest,
+    Load,
+)
+from copris_lightning.engines.simulated import SimulatedEngine
+from copris_lightning.engines.simulated_tokens import (
     Faults,
     LengthModel,
-    SimulatedEngine,
     StepTime,
     simulate_token,
 )
@@ -45,11 +52,12 @@ def request(stop_token_ids=(STOP,), **settings):
 async def started(engine=None, **settings):
     engine = engine or SimulatedEngine()
     await engine.start(spec(**settings))
+    await engine.release(0)
     return engine
 
 
 async def chunks_of(engine, asked):
-    async with aclosing(engine.generate(asked)) as chunks:
+    async with aclosing(engine.stream(asked)) as chunks:
         return [chunk async for chunk in chunks]
 
 
@@ -117,19 +125,26 @@ def test_requests_beyond_the_slots_wait_their_turn(loop):
 
 
 def test_a_token_depends_on_the_version_the_seed_and_every_token_before():
-    def token(version=1, prefix=(1, 2, 3, 4), seed=5):
-        return simulate_token(version, prefix, seed, vocab_size=10**6, stop=0, mean=1e9)
+    def token(version=1, kv_version=1, prefix=(1, 2, 3, 4), seed=5):
+        return simulate_token(version, kv_version, prefix, seed, vocab_size=10**6, stop=0, mean=1e9)
 
-    others = [token(version=2), token(seed=6), token(prefix=(1, 2, 3))]
+    others = [
+        token(version=2, kv_version=2),
+        token(version=2),
+        token(kv_version=0),
+        token(seed=6),
+        token(prefix=(1, 2, 3)),
+    ]
     others += [token(prefix=(9, 2, 3, 4)), token(prefix=(1, 9, 3, 4)), token(prefix=(2, 1, 3, 4))]
     assert token() == token()
-    assert len({token(), *others}) == 7
+    assert len({token(), *others}) == 9
 
 
 def test_the_engine_makes_the_tokens_that_simulate_token_gives(loop):
     async def response():
         engine = await started()
-        await engine.update_weights((), 4)
+        await engine.hold()
+        await engine.release(4)
         result = await chunks_of(engine, request())
         await engine.close()
         return result, engine.lengths.mean(7)
@@ -137,7 +152,7 @@ def test_the_engine_makes_the_tokens_that_simulate_token_gives(loop):
     chunks, mean = loop.run_until_complete(response())
     prefix = [10, 11]
     for chunk in chunks:
-        expected = simulate_token(4, prefix, 7, vocab_size=VOCAB, stop=STOP, mean=mean)
+        expected = simulate_token(4, 4, prefix, 7, vocab_size=VOCAB, stop=STOP, mean=mean)
         assert (*chunk.token_ids, *chunk.logprobs) == expected
         assert chunk.version == 4
         prefix += chunk.token_ids
@@ -164,10 +179,10 @@ def test_a_resumed_response_is_the_uncut_one(loop):
 
 def test_tokens_are_in_the_vocabulary_and_logprobs_below_zero():
     for seed in range(3000):
-        token, logprob = simulate_token(0, (1,), seed, vocab_size=5, stop=2, mean=4.0)
+        token, logprob = simulate_token(0, 0, (1,), seed, vocab_size=5, stop=2, mean=4.0)
         assert 0 <= token < 5
         assert -4.0 <= logprob < 0
-    drawn = {simulate_token(0, (1,), s, vocab_size=5, stop=2, mean=1e12)[0] for s in range(300)}
+    drawn = {simulate_token(0, 0, (1,), s, vocab_size=5, stop=2, mean=1e12)[0] for s in range(300)}
     assert drawn == {0, 1, 3, 4}
 
 
@@ -184,9 +199,9 @@ def test_a_response_ends_with_its_stop_token_or_its_budget(loop):
         tokens = [token for chunk in chunks for token in chunk.token_ids]
         assert STOP not in tokens[:-1]
         assert len(tokens) <= 10
-        assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
-        assert chunks[-1].finish_reason == ("stop" if tokens[-1] == STOP else "length")
-        reasons.add(chunks[-1].finish_reason)
+        assert [chunk.ending for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+        assert chunks[-1].ending == ("stop" if tokens[-1] == STOP else "length")
+        reasons.add(chunks[-1].ending)
     assert reasons == {"stop", "length"}
 
 
@@ -216,7 +231,7 @@ def test_faults_change_the_chunks_but_not_the_tokens(loop):
         ]
         assert all(chunk.token_ids for chunk in straight)
         assert not crooked[-1].token_ids
-        assert crooked[-1].finish_reason == straight[-1].finish_reason
+        assert crooked[-1].ending == straight[-1].ending
     assert sum(not c.token_ids for chunks in odd for c in chunks[:-1]) > 20
 
 
@@ -244,7 +259,7 @@ def test_generating_before_the_start_is_refused(loop):
 def test_a_request_id_in_use_is_refused_and_free_again_afterwards(loop):
     async def twice():
         engine = await started()
-        async with aclosing(engine.generate(request())) as first:
+        async with aclosing(engine.stream(request())) as first:
             await anext(first)
             with pytest.raises(EngineError, match="'r0' is in use"):
                 await chunks_of(engine, request())
@@ -265,7 +280,7 @@ def test_cancelling_the_consumer_ends_the_request(loop):
         await asyncio.wait([consumer])
         made = engine.tokens_made
         await asyncio.sleep(100.0)
-        await engine.update_weights((), 1)  # refused if the request were still there
+        assert engine.load() == Load(0, 0)
         await engine.close()
         return consumer.cancelled(), made, engine.tokens_made
 
@@ -274,26 +289,31 @@ def test_cancelling_the_consumer_ends_the_request(loop):
     assert before == after > 0
 
 
-def test_weights_change_the_version_only_between_requests(loop):
-    async def updates():
+def test_weights_are_gone_through_and_refused_by_an_engine_that_runs(loop):
+    passes = []
+
+    def weights():
+        for name in "ab":
+            passes.append(name)
+            yield name, torch.zeros(1)
+
+    async def sync():
         engine = await started()
-        assert engine.version == 0
-        await engine.update_weights((), 3)
-        async with aclosing(engine.generate(request())) as chunks:
-            assert (await anext(chunks)).version == 3
-            with pytest.raises(WeightSyncError, match="1 requests are in flight"):
-                await engine.update_weights((), 4)
-        assert engine.version == 3
-        await engine.update_weights((), 4)
-        assert engine.version == 4
+        transport = engine.transport(0, asyncio.run)
+        with pytest.raises(WeightSyncError, match="not held"):
+            transport.send(weights)
+        assert not passes
+        await engine.hold()
+        transport.send(weights)
+        assert transport.explain(weights) == ""
         await engine.close()
 
-    loop.run_until_complete(updates())
+    loop.run_until_complete(sync())
+    assert passes == ["a", "b"]
 
 
 def test_it_has_no_model_to_score_with(loop):
     assert loop.run_until_complete(SimulatedEngine().score([[1, 2]])) is None
-    assert "no weights" in loop.run_until_complete(SimulatedEngine().explain_mismatch(()))
 
 
 def test_death_reaches_every_request_and_all_later_ones(loop):
@@ -318,7 +338,7 @@ def test_closing_twice_is_fine_and_leaves_no_task(loop, busy):
     async def closing():
         engine = await started()
         if busy:
-            async with aclosing(engine.generate(request())) as chunks:
+            async with aclosing(engine.stream(request())) as chunks:
                 await anext(chunks)
         await engine.close()
         await engine.close()

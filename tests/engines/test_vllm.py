@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from copris_testing import SomePrompts, reference_logprobs
+from synced import sync
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from copris_lightning.core.buffer import CarryOverBuffer
@@ -36,7 +36,7 @@ def model(tiny_checkpoint: Path) -> Any:
 def synced(running_vllm: Running, model: Any) -> Running:
     """The engine with the checkpoint's own weights."""
     engine, call = running_vllm
-    call(engine.update_weights(model.named_parameters(), engine.version + 1))
+    sync(engine, call, model.named_parameters())
     return running_vllm
 
 
@@ -54,10 +54,10 @@ async def generate(
     ids: list[int] = []
     logprobs: list[float] = []
     reason = None
-    async for chunk in engine.generate(request):
+    async for chunk in engine.stream(request):
         ids += chunk.token_ids
         logprobs += chunk.logprobs
-        reason = chunk.finish_reason
+        reason = chunk.ending
     return ids, logprobs, reason
 
 
@@ -109,7 +109,7 @@ def test_after_a_sync_the_engine_computes_with_the_new_weights(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        call(engine.update_weights(model.named_parameters(), version))
+        sync(engine, call, model.named_parameters(), version)
         ids, logprobs, _ = call(generate(engine, prompt))
         expected = reference_logprobs(model, [*prompt, *ids], len(prompt))
         assert engine.version == version
@@ -133,12 +133,16 @@ def running_untied_vllm(untied_checkpoint: Path, cpu_engine_args: dict[str, Any]
 
 def test_a_mismatch_is_explained_by_what_the_engine_has(synced: Running, model: Any) -> None:
     engine, call = synced
-    explanation = call(engine.explain_mismatch(model.named_parameters()))
-    assert "the engine has what was sent" in explanation
-    assert "its dtype is float32" in explanation
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
-    explanation = call(engine.explain_mismatch(model.named_parameters()))
+    transport = engine.transport(0, call)
+    try:
+        explanation = transport.explain(lambda: iter(list(model.named_parameters())))
+        assert "the engine has what was sent" in explanation
+        assert "its dtype is float32" in explanation
+        with torch.no_grad():
+            model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+        explanation = transport.explain(lambda: iter(list(model.named_parameters())))
+    finally:
+        transport.close()
     assert explanation.endswith("no longer what was sent: model.layers.1.mlp.down_proj.weight")
 
 
@@ -149,31 +153,17 @@ def test_a_sync_without_one_of_the_weights_is_an_error(synced: Running, model: A
         ("model.norm.weight", "nothing was sent for its model.norm.weight"),
     ):
         weights = [(n, p) for n, p in model.named_parameters() if n != left_out]
-        with pytest.raises(WeightSyncError, match=f"version 78 did not arrive .*{found}"):
-            call(engine.update_weights(weights, 78))
-    call(engine.update_weights(model.named_parameters(), engine.version + 1))
-
-
-def test_weights_are_refused_while_requests_are_in_flight(synced: Running, model: Any) -> None:
-    engine, call = synced
-
-    async def sync_in_the_middle() -> None:
-        request = GenerationRequest("middle", (5, 6), 200, Decoding(), 0)
-        async with aclosing(engine.generate(request)) as chunks:
-            async for _ in chunks:
-                await engine.update_weights(model.named_parameters(), 99)
-
-    with pytest.raises(WeightSyncError, match="1 requests are in flight"):
-        call(sync_in_the_middle())
-    call(engine.update_weights(model.named_parameters(), engine.version + 1))
+        with pytest.raises(WeightSyncError, match=f"did not arrive .*{found}"):
+            sync(engine, call, weights)
+    sync(engine, call, model.named_parameters())
 
 
 def test_weights_that_do_not_fit_are_an_error(synced: Running, model: Any) -> None:
     engine, call = synced
-    with pytest.raises(WeightSyncError, match="could not load version 77"):
-        call(engine.update_weights([("model.layers.9.nonsense", torch.zeros(2))], 77))
+    with pytest.raises(WeightSyncError, match="did not take the weights"):
+        sync(engine, call, [("model.layers.9.nonsense", torch.zeros(2))])
     # The engine still works, with weights that are known.
-    call(engine.update_weights(model.named_parameters(), engine.version + 1))
+    sync(engine, call, model.named_parameters())
 
 
 def new_scheduler(

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import psutil
 import pytest
 from served import cores
+from synced import sync
 from transformers import AutoModelForCausalLM
 
 from copris_lightning.engines.engine import Decoding, EngineSpec, GenerationRequest
@@ -49,6 +50,7 @@ class Boot:
         self._booted.append((engine, loop))
         spec = EngineSpec(str(checkpoint or self._checkpoint), 16, 257, vocab_size=98)
         loop.call(engine.start(spec))
+        loop.call(engine.release(0))
         return engine, loop
 
     def cores(self) -> list[psutil.Process]:
@@ -76,7 +78,7 @@ def boot(tiny_checkpoint: Path, cpu_engine_args: dict[str, Any]) -> Iterator[Boo
 async def generate_on(engine: VLLMEngine) -> None:
     async def one(i: int) -> None:
         request = GenerationRequest(f"r-{time.time()}-{i}", (5, 6, 7 + i), 200, Decoding(), i)
-        async for _ in engine.generate(request):
+        async for _ in engine.stream(request):
             pass
 
     while True:
@@ -114,11 +116,11 @@ class FailingEngine(VLLMEngine):
 def test_a_forward_pass_that_raises(boot: Boot, tiny_checkpoint: Path) -> None:
     engine, loop = boot(FailingEngine)
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    loop.call(engine.update_weights(model.named_parameters(), 1))
+    sync(engine, loop.call, model.named_parameters())
     with pytest.raises(EngineError, match="Worker: ArithmeticError: a kernel has no answer"):
         loop.call(generate_on(engine))
     with pytest.raises(EngineError, match="the engine died: "):
-        loop.call(engine.update_weights(model.named_parameters(), 2))
+        sync(engine, loop.call, model.named_parameters())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -164,7 +166,7 @@ def test_a_worker_that_is_killed_within_a_sync(
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1] / "support")]))
     engine, loop = boot(HoldingEngine)
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
-    loop.call(engine.update_weights(model.named_parameters(), 1))
+    sync(engine, loop.call, model.named_parameters())
 
     def kill() -> None:
         while not marker.exists():
@@ -175,9 +177,9 @@ def test_a_worker_that_is_killed_within_a_sync(
     threading.Thread(target=kill).start()
     # vLLM says of what, unless it looks before there is an exit code.
     with pytest.raises(
-        WeightSyncError, match=r"version 2: .*Worker\S* died unexpectedly( \(was killed by SIGK|,)"
+        WeightSyncError, match=r"Worker\S* died unexpectedly( \(was killed by SIGK|,)"
     ):
-        loop.call(engine.update_weights(model.named_parameters(), 2))
+        sync(engine, loop.call, model.named_parameters())
 
 
 def test_an_engine_that_hangs_is_killed(boot: Boot) -> None:
@@ -192,5 +194,5 @@ def test_a_sync_that_hangs_has_a_deadline(boot: Boot, tiny_checkpoint: Path) -> 
     model = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
     for worker in boot.workers():
         worker.suspend()
-    with pytest.raises(WeightSyncError, match=r"not load the weights within .*sync_s=2 s"):
-        loop.call(engine.update_weights(model.named_parameters(), 1))
+    with pytest.raises(WeightSyncError, match=r"within .*sync_s=2 s"):
+        sync(engine, loop.call, model.named_parameters())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from copris_testing import SomePrompts
+from synced import sync
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from copris_lightning.core.buffer import CarryOverBuffer
@@ -37,13 +38,13 @@ def model(tiny_checkpoint: Path) -> Any:
 def synced(running_vllm: Running, model: Any) -> Running:
     """The engine with the checkpoint's own weights."""
     engine, call = running_vllm
-    call(engine.update_weights(model.named_parameters(), engine.version + 1))
+    sync(engine, call, model.named_parameters())
     return running_vllm
 
 
 async def chunks_of(engine: VLLMEngine, decoding: Decoding, *, n: int, seed: int) -> list[Chunk]:
     request = GenerationRequest(f"test-{random.random()}", PROMPT, n, decoding, seed)
-    async with aclosing(engine.generate(request)) as chunks:
+    async with aclosing(engine.stream(request)) as chunks:
         return [chunk async for chunk in chunks]
 
 
@@ -56,7 +57,7 @@ def test_greedy_decoding_takes_the_most_likely_token_and_asks_for_no_logprobs(
         decoding = Decoding(Sampling(0.0, top_p=0.9, top_k=5), logprobs=False)
         chunks = call(chunks_of(engine, decoding, n=40, seed=seed))
         assert all(chunk.logprobs is None for chunk in chunks)
-        assert chunks[-1].finish_reason == "length"
+        assert chunks[-1].ending == "length"
         made.append([token for chunk in chunks for token in chunk.token_ids])
     assert made[0] == made[1]
     sequence = list(PROMPT)

@@ -57,8 +57,12 @@ async def reward(response, prompt):
 @pytest.mark.parametrize("max_staleness", [None, 0, 2])
 @pytest.mark.parametrize("cap", [3, 12, 40])
 def test_dropped_groups_are_replaced_within_the_stage(rollout, cap, max_staleness):
-    one = rollout(cap=cap, scorer=reward, max_staleness=max_staleness)
-    one.scheduler._accept = ZeroVarianceFilter(1000, "reward")
+    one = rollout(
+        cap=cap,
+        scorer=reward,
+        max_staleness=max_staleness,
+        accept=ZeroVarianceFilter(1000, "reward"),
+    )
     dropped = 0
     for _ in range(30):
         groups, stats = one.collect()
@@ -77,8 +81,7 @@ def test_dropped_groups_are_replaced_within_the_stage(rollout, cap, max_stalenes
 
 
 def test_the_cap_stays_full_when_groups_are_dropped(rollout):
-    one = rollout(cap=12, scorer=reward)
-    one.scheduler._accept = ZeroVarianceFilter(1000, "reward")
+    one = rollout(cap=12, scorer=reward, accept=ZeroVarianceFilter(1000, "reward"))
     for _ in range(10):
         start = len(one.events)
         one.collect()
@@ -90,8 +93,9 @@ def test_the_cap_stays_full_when_groups_are_dropped(rollout):
 
 
 def test_a_reward_that_never_varies_ends_the_stage_with_an_error(rollout):
-    one = rollout(cap=12)  # its reward is constant
-    one.scheduler._accept = ZeroVarianceFilter(20, "constant_reward")
+    one = rollout(
+        cap=12, accept=ZeroVarianceFilter(20, "constant_reward")
+    )  # its reward is constant
     with pytest.raises(RolloutError, match="21 groups in a row got equal rewards from constant_r"):
         one.collect()
     assert one.buffer.in_flight == 0
@@ -100,8 +104,7 @@ def test_a_reward_that_never_varies_ends_the_stage_with_an_error(rollout):
 
 def test_the_group_that_is_one_too_many_is_not_delivered(rollout):
     """Not even where it completes the batch."""
-    one = rollout(cap=12, batch_groups=1)
-    one.scheduler._accept = ZeroVarianceFilter(5, "constant_reward")
+    one = rollout(cap=12, batch_groups=1, accept=ZeroVarianceFilter(5, "constant_reward"))
     with pytest.raises(RolloutError, match="6 groups in a row"):
         one.collect()
     assert one.buffer.ready_groups == one.buffer.count(Status.TAKEN) == 0

@@ -15,8 +15,8 @@ SHAPE = {"cap": 24, "batch_groups": 3, "group_size": 4, "median": 6.0, "max_new_
 def history(rollout, reward, workers, **settings):
     """Everything that happened in some stages, and what was trained on."""
     scorer = RewardScorer(Scoring(reward, workers=workers))
-    run = rollout(**SHAPE, scorer=scorer, **settings)
-    run.scheduler._accept = ZeroVarianceFilter(1000, "reward")  # groups are dropped and replaced
+    accept = ZeroVarianceFilter(1000, "reward")  # groups are dropped and replaced
+    run = rollout(**SHAPE, scorer=scorer, accept=accept, **settings)
     run.stages(4)
     scorer.close()
     trained = [
@@ -49,8 +49,11 @@ def test_it_takes_no_virtual_time(rollout):
 
 def test_a_reward_that_hangs_fails_the_stage_within_its_limit(rollout):
     scorer = RewardScorer(Scoring(Judge(), timeout_s=1.0))
-    run = rollout(**SHAPE, scorer=scorer)
-    run.scheduler._decode = lambda token_ids: "sleep 1000" if len(token_ids) > 3 else "value 1"
+    run = rollout(
+        **SHAPE,
+        scorer=scorer,
+        decode=lambda token_ids: "sleep 1000" if len(token_ids) > 3 else "value 1",
+    )
     with pytest.raises(RewardError, match=r"'p\d+' took longer than.*timeout_s=1.0"):
         run.collect()
     assert run.buffer.in_flight == 0

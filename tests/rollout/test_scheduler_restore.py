@@ -10,7 +10,7 @@ import pytest
 from trajectories import plain
 
 from copris_lightning.core.buffer import Status
-from copris_lightning.engines.simulated import Faults
+from copris_lightning.engines.simulated_tokens import Faults
 
 SMALL = {
     "cap": 5,
@@ -144,7 +144,7 @@ def test_finished_responses_of_a_restored_run_are_scored_again_not_generated_aga
         await run.loop.create_future()
 
     run = rollout(**SMALL, scorer=never)
-    task = run.loop.create_task(run.scheduler.collect())
+    task = run.loop.create_task(run.scheduler.take())
     run.loop.call_later(1.0, task.cancel)
     run.run(asyncio.wait([task]))
     finished = run.buffer.keys(Status.FINISHED)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import copy
 import string
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
 from itertools import islice
 from typing import Any
 
 import pytest
 
 from copris_lightning.core.trajectory import Trajectory
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
-from copris_lightning.engines.simulated import LengthModel, SimulatedEngine, simulate_token
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest, Load
+from copris_lightning.engines.simulated import SimulatedEngine
+from copris_lightning.engines.simulated_tokens import LengthModel, simulate_token
 
 VOCAB, STOP = 50, 3  # the rollout fixture's
 LETTERS = string.ascii_letters[:VOCAB]
@@ -22,25 +22,6 @@ STOPS = tuple(a + b for a in LETTERS[10:20] for b in LETTERS[20:30])  # a twenty
 
 def decode(token_ids: Sequence[int]) -> str:
     return "".join(LETTERS[token] for token in token_ids)
-
-
-class CoarseEngine(SimulatedEngine):
-    """Hands several tokens over at a time, as engines under load do."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__(LengthModel(30.0, 0.5))
-        self.size = size
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        held: list[Chunk] = []
-        async with aclosing(super().generate(request)) as chunks:
-            async for chunk in chunks:
-                held.append(chunk)
-                if len(held) == self.size or chunk.finish_reason:
-                    tokens = tuple(t for c in held for t in c.token_ids)
-                    logprobs = tuple(v for c in held for v in c.logprobs or ())
-                    held.clear()
-                    yield Chunk(tokens, logprobs, chunk.version, chunk.finish_reason)
 
 
 def check(run: Any, trajectory: Trajectory) -> None:
@@ -52,7 +33,13 @@ def check(run: Any, trajectory: Trajectory) -> None:
     for segment in trajectory.segments:
         for token in islice(tokens, segment.length):
             made, _ = simulate_token(
-                segment.version, prefix, seed, vocab_size=VOCAB, stop=STOP, mean=mean
+                segment.version,
+                segment.version,
+                prefix,
+                seed,
+                vocab_size=VOCAB,
+                stop=STOP,
+                mean=mean,
             )
             assert token == made
             prefix.append(token)
@@ -69,12 +56,12 @@ def check(run: Any, trajectory: Trajectory) -> None:
 
 
 def coarse_rollout(rollout: Any, size: int, **settings: Any) -> Any:
-    engine = CoarseEngine(size)
+    engine = SimulatedEngine(LengthModel(30.0, 0.5), stream_interval=size)
     run = rollout(engine=engine, decode=decode, stops=STOPS, max_new_tokens=40, **settings)
     run.run(engine.start(EngineSpec("none", 12, 60, VOCAB)))
     run.watchers.append(
         # A finished response's place is taken before the engine has been told to end it.
-        lambda event: assert_at_most(len(engine._active), run.buffer.limit + 1)
+        lambda event: assert_at_most(engine.load().running, run.buffer.limit + 1)
     )
     return run
 
@@ -91,7 +78,7 @@ def test_a_response_ends_with_the_token_that_completes_a_stop_string(
     received = dropped = 0
     for _ in range(12):
         _, stats = run.collect()
-        assert not run.engine._active
+        assert run.engine.load() == Load(0, 0)
         received += stats.tokens
         dropped += stats.dropped_tokens
         run.sync()
@@ -140,11 +127,11 @@ def test_a_restored_response_goes_on_looking(rollout: Any) -> None:
 
 
 def test_a_chunk_that_does_not_fit_is_refused_though_it_is_cut(rollout: Any) -> None:
-    class OneTooFew(CoarseEngine):
-        async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    class OneTooFew(SimulatedEngine):
+        async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
             yield Chunk((0, 10, 20, 0), (-1.0, -1.0, -1.0), 0)
 
-    engine = OneTooFew(1)
+    engine = OneTooFew()
     run = rollout(engine=engine, decode=decode, stops=STOPS)
     run.run(engine.start(EngineSpec("none", 12, 60, VOCAB)))
     with pytest.raises(Exception, match="3 tokens came with 2 log-probs"):

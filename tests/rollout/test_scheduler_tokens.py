@@ -6,8 +6,8 @@ from collections import Counter
 
 import pytest
 
-from copris_lightning.engines.simulated import Faults, LengthModel
-from copris_lightning.rollout.scheduler import trajectory_seed
+from copris_lightning.engines.simulated_tokens import Faults, LengthModel
+from copris_lightning.rollout.task import trajectory_seed
 
 ODD_CHUNKS = Faults(empty_chunk_rate=0.3, late_finish_rate=0.5)
 

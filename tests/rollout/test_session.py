@@ -6,14 +6,13 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from simulated_fits import LoggingEngine, build
-from torch import Tensor
 
 from copris_lightning.rollout import loop_thread, session
 
@@ -34,9 +33,10 @@ class StoppingEngine(LoggingEngine):
                 self.stop()
                 await asyncio.Event().wait()
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        await self._come_past("sync")
-        await super().update_weights(weights, version)
+    async def release(self, version: int, *, clear_kv: bool = True) -> None:
+        if self.is_sent:
+            await self._come_past("sync")
+        await super().release(version, clear_kv=clear_kv)
 
     async def score(self, sequences: Any) -> Any:
         await self._come_past("score")

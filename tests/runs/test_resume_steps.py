@@ -180,14 +180,14 @@ def test_a_batch_whose_sync_failed_is_in_the_ledger_and_not_in_the_next_ones_fig
     trainer, module, data, _ = make(
         tiny_checkpoint, tmp_path, [saver], max_steps=steps, enable_checkpointing=True
     )
-    update = data.engine.update_weights
+    release = data.engine.release
 
-    async def fail(weights: Any, number: int) -> None:
+    async def fail(number: int, **options: Any) -> None:
         if number == version:
             raise EngineError("the engine died")
-        await update(weights, number)
+        await release(number, **options)
 
-    data.engine.update_weights = fail
+    data.engine.release = fail
     with pytest.raises(EngineError, match="the engine died"):
         trainer.fit(module, data)
     trainer, module, data, recorder = make(tiny_checkpoint, tmp_path, max_steps=steps)

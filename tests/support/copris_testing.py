@@ -79,14 +79,14 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 class RecordingExtension(CoprisWorkerExtension):
-    """Writes down a digest of each weight that arrives in the worker, beside its environment."""
+    """Writes down a digest of each weight that arrives in the worker, a line a shard."""
 
-    def load_trainer_weights(self, path: str) -> dict[str, Any]:
+    def load_shard(self, path: str) -> None:
         with safe_open(path, framework="pt") as file:
             digests = {name: digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
         with open(os.environ["COPRIS_TEST_RECORD"], "a") as record:
             record.write(json.dumps(digests) + "\n")
-        return super().load_trainer_weights(path)
+        super().load_shard(path)
 
 
 class RecordingEngine(VLLMEngine):

@@ -10,8 +10,8 @@ from copris_lightning.engines.vllm_worker import CoprisWorkerExtension
 class FailingExtension(CoprisWorkerExtension):
     """After its first sync, forward passes raise."""
 
-    def load_trainer_weights(self, path: str) -> dict[str, Any]:
-        report = super().load_trainer_weights(path)
+    def end_shards(self) -> dict[str, Any]:
+        report = super().end_shards()
 
         def execute_model(*args: Any, **kwargs: Any) -> Any:
             raise ArithmeticError("a kernel has no answer")

@@ -108,7 +108,7 @@ class FileTransferEngine(VLLMEngine):
 
     def __init__(self, engine_args: dict[str, Any]) -> None:
         super().__init__(engine_args)
-        self.transport = FileInitInfo.backend
+        self.backend = FileInitInfo.backend
         self.calls: list[str] = []
 
     def _check_gpu(self) -> None:

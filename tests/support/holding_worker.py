@@ -16,11 +16,14 @@ class HoldingExtension(CoprisWorkerExtension):
 
     _copris_loads = 0
 
-    def load_trainer_weights(self, path: str) -> dict[str, Any]:
-        self._copris_loads += 1
-        if self._copris_loads == 2:
+    def load_shard(self, path: str) -> None:
+        if self._copris_loads == 1:
             hold("sync")
-        report = super().load_trainer_weights(path)
+        super().load_shard(path)
+
+    def end_shards(self) -> dict[str, Any]:
+        report = super().end_shards()
+        self._copris_loads += 1
         if self._copris_loads == 1:
             self._hold_in_forward_passes()
         return report

@@ -23,6 +23,7 @@ from architectures import tiny_architecture
 from copris_testing import SomePrompts, digest, full_state
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from receivers import ListeningReceiver
 from safetensors.torch import load_file
 from simulated_fits import build, ledger
 from some_rewards import SlowFirst
@@ -39,6 +40,7 @@ from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import load_model
 from copris_lightning.policy.sharding import shard
 from copris_lightning.weights.export import as_saved, saved_buffers
+from copris_lightning.weights.files import FilesTransport
 from copris_lightning.weights.gather import full_weights
 
 TIME_LIMIT_S = 30
@@ -85,6 +87,21 @@ class Recorder(L.Callback):
             self.weights.append(full_state(pl_module.policy.model))
 
 
+class DigestingReceiver(ListeningReceiver):
+    """Writes down a digest of each weight that came in a load."""
+
+    def __init__(self, synced: list[dict[str, str]]) -> None:
+        super().__init__()
+        self.synced = synced
+
+    async def end_load(self) -> None:
+        self.synced.append({n: digest(t) for shard in self.shards for n, t in shard.items()})
+
+    async def load_adapter(self, folder: Path) -> None:
+        adapter = load_file(folder / "adapter_model.safetensors")
+        self.synced.append({name: digest(tensor) for name, tensor in adapter.items()})
+
+
 def train(
     strategy: str | Strategy,
     checkpoint: Path,
@@ -109,14 +126,9 @@ def train(
     )
     # With a state, which FSDP2 splits too.
     module.optimizer = lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9)
-    update = data.engine.update_weights
-
-    async def record(weights: Any, version: int) -> None:
-        weights = list(weights)
-        synced.append({name: digest(tensor) for name, tensor in weights})
-        await update(weights, version)
-
-    data.engine.update_weights = record
+    data.engine.transport = lambda rank, run: FilesTransport(
+        DigestingReceiver(synced), str(directory), rank, run, shard_bytes=20_000
+    )
     torch.manual_seed(0)  # adapters start from random numbers
     cpu, wall = time.process_time(), time.perf_counter()
     trainer.fit(module, data, ckpt_path=ckpt_path)

@@ -11,24 +11,21 @@ from trajectories import single
 
 from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
-from copris_lightning.engines.simulated import (
+from copris_lightning.engines.engine import Chunk, Decoding, EngineSpec, GenerationRequest
+from copris_lightning.engines.simulated import SimulatedEngine
+from copris_lightning.engines.simulated_tokens import (
     Faults,
     LengthModel,
-    SimulatedEngine,
     StepTime,
     simulate_token,
 )
 from copris_lightning.engines.virtual_time import VirtualClockLoop
+from copris_lightning.rollout.figures import StageStats
 from copris_lightning.rollout.rewards import Prompt
-from copris_lightning.rollout.scheduler import (
-    Event,
-    QueuedPrompt,
-    RolloutScheduler,
-    StageStats,
-    trajectory_seed,
-)
+from copris_lightning.rollout.scheduler import Event, RolloutScheduler
+from copris_lightning.rollout.shared_engine import SharedEngine
 from copris_lightning.rollout.stops import StopStrings
+from copris_lightning.rollout.task import Accept, QueuedPrompt, Task, trajectory_seed
 
 VOCAB = 50
 STOP = 3
@@ -37,14 +34,19 @@ STOP = 3
 class RecordingEngine(SimulatedEngine):
     """Notes every request, and every token that it hands to the scheduler, by seed."""
 
-    def __init__(self, lengths: LengthModel, faults: Faults) -> None:
-        super().__init__(lengths, StepTime(0.02, 0.0002), faults)
+    def __init__(self, lengths: LengthModel, faults: Faults, stream_interval: int = 1) -> None:
+        super().__init__(lengths, StepTime(0.02, 0.0002), faults, stream_interval)
         self.requests: list[GenerationRequest] = []
+        self.releases: list[tuple[int, bool]] = []
         self.emitted: dict[int, list[int]] = {}
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    async def release(self, version: int, *, clear_kv: bool = True) -> None:
+        self.releases.append((version, clear_kv))
+        await super().release(version, clear_kv=clear_kv)
+
+    async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         self.requests.append(request)
-        async with aclosing(super().generate(request)) as chunks:
+        async with aclosing(super().stream(request)) as chunks:
             async for chunk in chunks:
                 self.emitted.setdefault(request.seed, []).extend(chunk.token_ids)
                 yield chunk
@@ -93,10 +95,14 @@ class Rollout:
         faults: Faults | None = None,
         scorer: Any = constant_reward,
         engine: Any = None,
+        shared: SharedEngine | None = None,
+        stream_interval: int = 1,
         loop: VirtualClockLoop | None = None,
         name: str = "train",
         decode: Callable[[Sequence[int]], str] = lambda token_ids: " ".join(map(str, token_ids)),
         stops: tuple[str, ...] = (),
+        accept: Accept = lambda group: True,
+        logprobs: bool = True,
     ) -> None:
         self.seed = seed
         self.loop = loop or VirtualClockLoop()
@@ -112,22 +118,25 @@ class Rollout:
             stop_token_ids=(STOP,),
             max_staleness=max_staleness,
         )
-        if engine is None:
-            engine = RecordingEngine(LengthModel(median, sigma), faults or Faults())
-            spec = EngineSpec("none", cap, max_new_tokens + 10, VOCAB)
-            self.run(engine.start(spec))
-        self.engine = engine
-        self.scheduler = RolloutScheduler(
-            engine=engine,
-            buffer=self.buffer,
-            prompts=self.prompts,
-            scorer=scorer,
-            decode=decode,
+        if shared is None:
+            if engine is None:
+                lengths = LengthModel(median, sigma)
+                engine = RecordingEngine(lengths, faults or Faults(), stream_interval)
+                self.run(engine.start(EngineSpec("none", cap, max_new_tokens + 10, VOCAB)))
+            shared = SharedEngine(engine, cap)
+        self.shared = shared
+        self.engine: Any = shared.engine
+        task = Task(
+            self.prompts,
+            scorer,
+            decode,
+            Decoding(logprobs=logprobs),
             stops=StopStrings(stops, decode),
+            accept=accept,
             seed=seed,
             name=name,
-            observer=self._observe,
         )
+        self.scheduler = RolloutScheduler(shared, self.buffer, task, self._observe)
 
     def _observe(self, event: Event) -> None:
         self.events.append(event)
@@ -139,14 +148,19 @@ class Rollout:
 
     def collect(self) -> tuple[list[PromptGroup], StageStats]:
         """One stage; what it delivers is also kept in ``groups``."""
-        groups, stats = self.run(self.scheduler.collect())
+        groups, stats = self.run(self.scheduler.take())
         self.groups += groups
         return groups, stats
 
     def sync(self, version: int | None = None) -> None:
         """New weights: the next version, or the given one."""
         version = self.engine.version + 1 if version is None else version
-        self.run(self.engine.update_weights((), version))
+        self.run(self.swap(version))
+
+    async def swap(self, version: int) -> None:
+        """What a sync does."""
+        await self.shared.hold()
+        await self.shared.release(version)
 
     def stages(self, count: int) -> None:
         """Stages with a weight update after each."""
@@ -181,6 +195,7 @@ class Rollout:
             for token, logprob in islice(made, segment.length):
                 expected, exact = simulate_token(
                     segment.version,
+                    segment.kv_version,
                     prefix,
                     seed,
                     vocab_size=VOCAB,

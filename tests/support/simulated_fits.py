@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from builders import small_data, small_module
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
 
 from copris_lightning import (
     CoprisModule,
@@ -20,24 +19,49 @@ from copris_lightning import (
     TrajectoryLedger,
     WeightSync,
 )
-from copris_lightning.engines.simulated import Faults, LengthModel
+from copris_lightning.engines.simulated_tokens import Faults, LengthModel
+from copris_lightning.weights.transport import Run, Transport, Weights
 
 
 class LoggingEngine(SimulatedEngine):
-    """Writes down every sync."""
+    """Writes down every sync: the release after weights were sent."""
 
     def __init__(self, log: list[str], **kwargs: Any) -> None:
         super().__init__(LengthModel(median=12, sigma=1.0), **kwargs)
         self.log = log
         self.closed = 0
+        self.is_sent = False
 
-    async def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        await super().update_weights(weights, version)
-        self.log.append(f"sync {version}")
+    def transport(self, rank: int, run: Run) -> Transport:
+        return Noting(super().transport(rank, run), self)
+
+    async def release(self, version: int, *, clear_kv: bool = True) -> None:
+        await super().release(version, clear_kv=clear_kv)
+        if self.is_sent:
+            self.log.append(f"sync {version}")
+        self.is_sent = False
 
     async def close(self) -> None:
         self.closed += 1
         await super().close()
+
+
+class Noting:
+    """Tells the engine that weights were sent."""
+
+    def __init__(self, transport: Transport, engine: LoggingEngine) -> None:
+        self.transport = transport
+        self.engine = engine
+
+    def send(self, weights: Weights) -> None:
+        self.transport.send(weights)
+        self.engine.is_sent = True
+
+    def explain(self, weights: Weights) -> str:
+        return self.transport.explain(weights)
+
+    def close(self) -> None:
+        self.transport.close()
 
 
 class LoggingModule(CoprisModule):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from copris_lightning.weights.arrival import Arrival, adapter_report, fault
+from copris_lightning.weights.adapter import adapter_report
+from copris_lightning.weights.arrival import Arrival, fault
 from copris_lightning.weights.copies import checksum
 
 Sent = dict[str, Tensor]
@@ -84,9 +85,11 @@ def weights(seed: int = 0) -> Sent:
 
 
 def load(arrival: Arrival, model: Model, sent: Sent) -> dict[str, Any]:
+    """All in one part."""
+    arrival.begin()
     with arrival.watching() as watched:
         model.load(watched(iter(sent.items())))
-    return arrival.report()
+    return arrival.end()
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from copris_lightning import StalenessMonitor, WeightSync
 from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import ConfigurationError, EngineError
+from copris_lightning.policy.pretrained import load_model
+from copris_lightning.weights.gather import full_weights
 
 
 @pytest.mark.engines
@@ -27,9 +29,9 @@ def test_a_staged_run_with_vllms_transfer_and_a_sleeping_engine(
 ) -> None:
     import file_transfer
 
-    from copris_lightning.rollout import weight_transfer
+    from copris_lightning.weights import vllm_transfer
 
-    monkeypatch.setattr(weight_transfer, "IPCTrainerInitInfo", file_transfer.FileInitInfo)
+    monkeypatch.setattr(vllm_transfer, "IPCTrainerInitInfo", file_transfer.FileInitInfo)
     engine = file_transfer.FileTransferEngine(cpu_engine_args)
     sync = WeightSync()
     trainer = L.Trainer(
@@ -76,11 +78,19 @@ def test_what_needs_a_gpu_says_so_before_it_boots(
         VLLMEngine(**change).validate(EngineSpec(str(tiny_checkpoint), 4, 64, vocab_size=98))
 
 
-def test_weights_that_were_thrown_away_have_to_be_synced_first() -> None:
-    class Running:
-        errored = False
-
-    engine = VLLMEngine(sleep_level=2)
-    engine._llm, engine._asleep = Running(), True
+def test_weights_that_were_thrown_away_have_to_be_sent_first(
+    running_vllm: tuple[VLLMEngine, Callable[..., Any]],
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a CPU, vLLM goes through the motions of sleeping and keeps its memory."""
+    engine, call = running_vllm
+    monkeypatch.setattr(engine, "sleep_level", 2)
+    call(engine.hold())
     with pytest.raises(EngineError, match="sleep_level=2 threw the weights away"):
-        asyncio.run(engine.score([[1, 2]]))
+        call(engine.release(engine.version + 1))
+    model = load_model(str(tiny_checkpoint), dtype="float32", attn_implementation="eager")
+    way = engine.transport(0, call)
+    way.send(lambda: full_weights(model, model))
+    call(engine.release(engine.version + 1))
+    way.close()

@@ -13,7 +13,7 @@ from copris_lightning.datamodules.prompts.messages import UnusablePrompt
 from copris_lightning.datamodules.prompts.template import ChatRenderer, Template
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
-from copris_lightning.rollout.scheduler import QueuedPrompt
+from copris_lightning.rollout.task import QueuedPrompt
 
 
 class PromptSource(Protocol):
