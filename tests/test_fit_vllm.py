@@ -155,6 +155,7 @@ def test_with_learning_rate_zero_every_importance_ratio_is_one(
         lr=0.0,
         steps=5,
         max_staleness=1,
+        max_new_tokens=240,
         behavior_logprobs=source,
     )
     rows = [t for groups in recorder.batches for g in groups for t in g.trajectories]
@@ -177,6 +178,6 @@ def test_a_stale_head_stops_the_run_and_is_named_however_small_the_step(
         # Log-probs change by less than what engine and trainer differ by anyway.
         fit(tiny_checkpoint, engine, tmp_path, lr=1e-5, steps=3)
     assert str(error.value) == (
-        "version 1 did not arrive in the engine: it does not compute with what was sent for "
+        "the weights did not arrive in the engine: it does not compute with what was sent for "
         "lm_head.weight"
     )

@@ -138,7 +138,7 @@ class VLLMEngine:
         check_arguments(self.engine_args, spec)
         self._check_gpu()
         if self.backend == "files" or self.keep_host_copy:
-            check_hand_over(self.sync_directory, spec.model)
+            check_hand_over(self.sync_directory, spec.model if spec.adapter is None else "")
         if spec.adapter is not None:
             check_adapter(spec.adapter, self.backend, self.sleep_level)
 
