@@ -13,38 +13,6 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 NAMED = sorted(set(re.findall(r"`((?:\w+/)*\w+\.py)(?:::([\w.]+))?`", PAGE)))
 ROOMS = {path.parent.name for path in (ROOT / "copris_lightning").glob("*/__init__.py")}
 
-COMING = {
-    "core/buffer.py::CarryOverBuffer.next",
-    "core/buffer.py::CarryOverBuffer.take",
-    "core/estimator/estimator.py::Estimator",
-    "core/freshness.py::Freshness",
-    "core/outcome.py::Verdict",
-    "core/segments.py::Segment",
-    "core/trajectory.py::Trajectory.relabel",
-    "datamodules/settings.py::Flow",
-    "engines/engine.py::Engine.hold",
-    "engines/engine.py::Engine.release",
-    "engines/vllm.py::VLLMEngine.stream",
-    "engines/vllm_worker.py::CoprisWorkerExtension.load_shard",
-    "rollout/episode.py::Episode",
-    "rollout/episode.py::Episode.go_on",
-    "rollout/figures.py::TokenBalance",
-    "rollout/scheduler.py::RolloutScheduler.take",
-    "rollout/shared_engine.py::SharedEngine",
-    "rollout/shared_engine.py::SharedEngine.hold",
-    "tests/core/test_buffer_cases.py::test_a_taken_group_keeps_its_place_until_the_version_rises",
-    "tests/core/test_freshness.py::test_it_agrees_with_sorted_deadlines_over_any_history",
-    "tests/core/test_trajectory.py::test_columns_are_aligned_token_by_token",
-    "tests/core/test_trajectory.py::test_labels_are_only_ever_raised_from_where_the_stream_began",
-    "tests/weights/test_files.py::test_a_send_takes_one_shard_of_host_memory",
-    "tests/weights/test_files.py::test_a_set_is_finished_whichever_shard_the_engine_dies_at",
-    "weights/files.py::FilesTransport.send",
-    "weights/kept.py::KeptSet.write",
-    "weights/transport.py::Transport",
-    "weights/transport.py::Transport.send",
-}
-"""What the page names and the floor above `core` brings: out of here as soon as it is there."""
-
 
 def is_defined(file: Path, name: str) -> bool:
     """Whether a file defines ``Class.method`` or a function, at its top or in that class."""
@@ -66,7 +34,7 @@ def is_defined(file: Path, name: str) -> bool:
 def test_what_the_page_names_is_there(path: str, name: str) -> None:
     file = ROOT / path if path.startswith("tests/") else ROOT / "copris_lightning" / path
     there = file.exists() and (not name or is_defined(file, name))
-    assert there or f"{path}::{name}".rstrip(":") in COMING
+    assert there
 
 
 def test_the_page_draws_every_room() -> None:
