@@ -122,7 +122,7 @@ class WithScheduler(Setup):
             decode=lambda token_ids: "",
             accept=lambda group: False,
         )
-        yield scheduler.collect()
+        yield scheduler.take()
 
 
 def seconds_per_chunk(in_flight: int, chunks: int, turns: int, *, collector: bool) -> float:

@@ -10,7 +10,9 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
 from copris_lightning.core.batching import MicroBatch
+from copris_lightning.rollout.figures import TokenBalance
 from copris_lightning.runs.directory import directory_of
+from copris_lightning.trainer_parts import datamodule
 
 
 class RunSummary(L.Callback):
@@ -65,6 +67,7 @@ class RunSummary(L.Callback):
         parity = self.history["sync/parity_max_abs"]
         if parity:
             lines.append(f"worst parity      {max(parity):.2e} nats in {len(parity)} syncs")
+        lines.append(_balance(datamodule(trainer).feed.balance()))
         lines.append(f"logs              {_shown(self._directory)}")
         title = f"{len(rewards)} batches trained"
         print("\n".join(["", title, "-" * len(title), *(line for line in lines if line)]))
@@ -72,6 +75,19 @@ class RunSummary(L.Callback):
     def _line(self, label: str, name: str, form: str) -> str:
         values = self.history[name]
         return f"{label:<17} {form.format(_mean(values))}" if values else ""
+
+
+def _balance(balance: TokenBalance) -> str:
+    """Where every response token is that was generated, or restored from a checkpoint."""
+    restored = f" + {balance.restored:,} restored" if balance.restored else ""
+    rules = ", ".join(f"{rule} {count:,}" for rule, count in balance.dropped.items())
+    dropped = sum(balance.dropped.values())
+    return (
+        f"tokens            {balance.generated:,} generated{restored} = "
+        f"{balance.delivered:,} trained + {balance.carried:,} carried over + {dropped:,} dropped"
+        + (f" ({rules})" if rules else "")
+        + (f" + {balance.missing:,} MISSING, which is a bug" if balance.missing else "")
+    )
 
 
 def _mean(values: list[float]) -> float:

@@ -23,6 +23,7 @@ from copris_lightning.datamodules.stage_meter import RolloutProgress, StageMeter
 from copris_lightning.datamodules.steps import epoch_micro_batches
 from copris_lightning.engines.engine import Decoding
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.rollout.figures import TokenBalance
 from copris_lightning.rollout.filters import ZeroVarianceFilter
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler
 from copris_lightning.rollout.session import RolloutSession
@@ -144,6 +145,12 @@ class Feed:
         """Where the running stage is; may be asked from any thread, on rank 0."""
         assert self.scheduler is not None
         return self.meter.read(self.scheduler.buffer)
+
+    def balance(self) -> TokenBalance | None:
+        """Where all response tokens are, on rank 0."""
+        if self._session is None or self.scheduler is None:
+            return None
+        return self._session.call(_balance(self.scheduler), watch=False)
 
     # -- one batch -------------------------------------------------------------------------
 
@@ -314,6 +321,10 @@ def _scheduler(
         accept=accept,
         observer=observe,
     )
+
+
+async def _balance(scheduler: RolloutScheduler) -> TokenBalance:
+    return scheduler.figures.balance()
 
 
 async def _snapshot(buffer: CarryOverBuffer) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, Genera
 from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler
+from copris_lightning.rollout.shared_engine import SharedEngine
+from copris_lightning.rollout.task import Task
 
 Running = tuple[VLLMEngine, Callable[..., Any]]
 STOP = 1  # the character tokenizer's end of sequence
@@ -176,16 +178,14 @@ def new_scheduler(
         return float(len(text) % 2)
 
     buffer = CarryOverBuffer(max_new_tokens=100, stop_token_ids=[STOP], **sizes)
-    return RolloutScheduler(
-        engine=engine,
-        buffer=buffer,
-        prompts=PromptStream(SomePrompts(), encode),
-        scorer=score,
-        decode=tokenizer.decode,
-        decoding=Decoding(Sampling(temperature)),
+    task = Task(
+        PromptStream(SomePrompts(), encode),
+        score,
+        tokenizer.decode,
+        Decoding(Sampling(temperature)),
         name=f"test-{random.random()}",
-        observer=events.append,
     )
+    return RolloutScheduler(SharedEngine(engine, buffer.limit), buffer, task, events.append)
 
 
 def test_in_flight_equals_the_cap_on_the_real_engine(
@@ -204,7 +204,7 @@ def test_in_flight_equals_the_cap_on_the_real_engine(
     )
     for _ in range(3):
         events.clear()
-        call(scheduler.collect())
+        call(scheduler.take())
         filled = next(i for i, e in enumerate(events) if e.in_flight == 12)
         assert all(e.kind in ("start", "resume") for e in events[:filled])
         ended = next(i for i, e in enumerate(events) if e.kind == "carry_over")
@@ -233,7 +233,7 @@ def test_greedy_decoding_cut_anywhere_equals_uncut(synced: Running, tiny_checkpo
 
     async def collect_with_cuts() -> Any:
         while True:
-            stage = asyncio.create_task(scheduler.collect())
+            stage = asyncio.create_task(scheduler.take())
             done, _ = await asyncio.wait([stage], timeout=rng.uniform(0.005, 0.03))
             if done:
                 return stage.result()[0]

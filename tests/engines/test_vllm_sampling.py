@@ -22,7 +22,9 @@ from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.decoding import ResponseDecoder
 from copris_lightning.rollout.scheduler import RolloutScheduler
+from copris_lightning.rollout.shared_engine import SharedEngine
 from copris_lightning.rollout.stops import StopStrings
+from copris_lightning.rollout.task import Task
 
 Running = tuple[VLLMEngine, Callable[..., Any]]
 STOP = 1  # the character tokenizer's end of sequence
@@ -98,22 +100,21 @@ def test_a_stop_string_ends_responses_over_resumes_and_nothing_runs_on(
         seen.append(text)
         return float(len(text) % 2)
 
-    scheduler = RolloutScheduler(
-        engine=engine,
-        buffer=CarryOverBuffer(
-            limit=12, group_size=2, batch_groups=3, max_new_tokens=100, stop_token_ids=[STOP]
-        ),
-        prompts=PromptStream(
-            SomePrompts(), PromptEncoder(tokenizer, max_prompt_tokens=32, key="prompts")
-        ),
-        scorer=score,
-        decode=decode,
+    buffer = CarryOverBuffer(
+        limit=12, group_size=2, batch_groups=3, max_new_tokens=100, stop_token_ids=[STOP]
+    )
+    encode = PromptEncoder(tokenizer, max_prompt_tokens=32, key="prompts")
+    task = Task(
+        PromptStream(SomePrompts(), encode),
+        score,
+        decode,
         stops=StopStrings(strings, decode.verbatim),
         name=f"test-{random.random()}",
     )
+    scheduler = RolloutScheduler(SharedEngine(engine, 12), buffer, task)
     groups, received, dropped = [], 0, 0
     for _ in range(8):
-        some, stats = call(scheduler.collect())
+        some, stats = call(scheduler.take())
         groups += some
         received += stats.tokens
         dropped += stats.dropped_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,17 @@ def test_new_runs_get_directories_and_the_last_one_is_continued_in_its_own(
     assert f"no checkpoint in {parent / 'version_2'}" in out
     assert re.search(rf"checkpoint: {second}/checkpoints/\S+step=2.ckpt \(step 2\)", out)
     assert "2 batches trained" in out
+    parts = re.search(
+        r"^tokens +(\S+) generated \+ (\S+) restored = (\S+) trained"
+        r" \+ (\S+) carried over \+ 0 dropped$",
+        out,
+        re.MULTILINE,
+    )
+    made, restored, trained, carried = (int(part.replace(",", "")) for part in parts.groups())
+    assert made + restored == trained + carried
+    files = (second / "ledger" / f"batch_{index:06d}.jsonl" for index in (2, 3))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert trained == sum(line["response_tokens"] for line in lines)
     assert f"logs              {os.path.relpath(second)}" in out
     assert batches(first) == [0, 1]
     assert batches(second) == [0, 1, 2, 3]
