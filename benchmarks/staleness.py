@@ -25,7 +25,7 @@ ARMS = {
     "sync": ["--config=configs/overlays/sync.yaml"],
     # Without a ratio nothing is ever clipped either: this tells the two apart.
     "IS, not clipped": [
-        '--model.init_args.loss={"class_path": "copris_lightning.ReinforceLoss", '
+        '--model.init_args.estimator.loss={"class_path": "copris_lightning.ReinforceLoss", '
         '"init_args": {"max_weight": null}}',
     ],
 }
@@ -33,7 +33,7 @@ ARMS = {
 
 Curve = dict[str, list[float]]
 METRICS = (
-    "val/avg_at_k",
+    "val/addition/avg_at_k",
     "train/reward",
     "staleness/lag_mean",
     "is/ess",
@@ -61,12 +61,12 @@ def train(runs: Path, arm: str, seed: int, *, cap: int, lr: float, batches: int)
     command += [
         *ARMS[arm],
         f"--seed_everything={seed}",
-        f"--data.init_args.cap={cap}",
-        "--data.init_args.batch_groups=16",
+        f"--cap={cap}",
+        "--batch_groups=16",
         # Scoring a thousand trajectories in flight anew after each small batch takes longer.
-        "--data.init_args.behavior_logprobs=engine",
-        "--data.init_args.val_samples=2",
-        f"--model.init_args.optimizer.init_args.lr={lr}",
+        "--data.init_args.flow.behavior_logprobs=engine",
+        "--data.init_args.evaluations.addition.samples=2",
+        f"--lr={lr}",
         f"--trainer.max_steps={batches}",
         "--trainer.limit_val_batches=1.0",
         "--trainer.num_sanity_val_steps=0",
@@ -104,7 +104,7 @@ def report(arms: dict[str, list[Curve]]) -> None:
     """Print the held-out reward at the end (last two validations) and what went with it."""
     print(f"{'arm':<17}{'seeds':>6}{'held-out reward':>18}{'lag':>7}{'ESS':>7}{'clipped':>9}")
     for arm, curves in arms.items():
-        ends = [statistics.fmean(c["val/avg_at_k"][-2:]) for c in curves]
+        ends = [statistics.fmean(c["val/addition/avg_at_k"][-2:]) for c in curves]
         spread = statistics.stdev(ends) if len(ends) > 1 else math.nan
         others = [
             statistics.fmean(statistics.fmean(c[name]) for c in curves)
@@ -126,7 +126,7 @@ def draw(arms: dict[str, list[Curve]], output: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     panels = (
-        ("val/avg_at_k", "reward on held-out prompts", EVERY),
+        ("val/addition/avg_at_k", "reward on held-out prompts", EVERY),
         ("staleness/lag_mean", "mean lag of trained tokens", 1),
     )
     for axis, (metric, label, every) in zip(axes, panels, strict=True):

@@ -12,16 +12,15 @@ import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from copris_lightning.config_files import (
+    check_files,
+    refuse_doubled_keys,
+    with_all_evaluations,
+)
 from copris_lightning.datamodules.checkpoint_file import check_file, read
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.keys import SHORT, refusals, with_keys, without_short_names
-from copris_lightning.overlays import with_all_evaluations
-from copris_lightning.parsing import (
-    CoprisParser,
-    check_files,
-    configuration_error,
-    refuse_doubled_keys,
-)
+from copris_lightning.parsing import CoprisParser, configuration_error
 from copris_lightning.policy.module import CoprisModule
 from copris_lightning.runs.directory import directory_of, record
 from copris_lightning.runs.resume import NothingToTrain, begin

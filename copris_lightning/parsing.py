@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import json
 import re
 from collections.abc import Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-import yaml
-from jsonargparse import Namespace, get_loader, set_loader
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from copris_lightning.errors import ConfigurationError
@@ -35,11 +35,6 @@ _NOT_A_CLASS = (
 )
 _NO_CLASS = "it must be a class_path, with init_args or without, and no other keys"
 _NO_SETTING = "there is no such setting"
-_DECIDED = {
-    "data.init_args.seed": "seed_everything",
-    "data.init_args.model": "model.init_args.model",
-}
-"""Settings that the command line takes from others, whatever they are set to."""
 _NAMES = {
     "NoneType": "null",
     "bool": "true or false",
@@ -64,6 +59,12 @@ class CoprisParser(LightningArgumentParser):
             super().error(message, ex)
         ours = configuration_error(ex)
         raise ConfigurationError(str(ours) if ours else explain(message)) from ex
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:
+        """Read a value that another parser handed on, which it writes as Python does."""
+        if args is not None and not self.exit_on_error:
+            args = [_reread(arg) for arg in args]
+        return super().parse_args(args, *rest, **options)
 
     def add_instantiator(
         self, instantiator: Any, class_type: Any, subclasses: bool = True, prepend: bool = False
@@ -94,6 +95,15 @@ class CoprisParser(LightningArgumentParser):
             lines = [f"Expected a {k}. Got value: null" for k in plain]
             lines = lines or ["null is no value; leave the key out for its default"]
             raise TypeError("\n  ".join([f'Parser key "{action.dest}":', *lines]))
+
+
+def _reread(arg: str) -> str:
+    """An option whose value is a mapping of Python's, with the same one of JSON's."""
+    option, equals, value = arg.partition("=")
+    try:
+        return f"{option}{equals}{json.dumps(ast.literal_eval(value))}" if value[:1] == "{" else arg
+    except (ValueError, SyntaxError, TypeError):  # it is YAML already
+        return arg
 
 
 def configuration_error(error: BaseException | None) -> ConfigurationError | None:
@@ -233,108 +243,3 @@ def _kind(text: str) -> str:
     if match := re.fullmatch(r"<class '(?:.+\.)?(\w+)'>", text):
         return _NAMES.get(match[1], match[1])
     return " or ".join(re.findall(r"'(.+?)'", text)) or text
-
-
-# -- config files --------------------------------------------------------------------------
-
-
-def check_files(args: Sequence[str]) -> None:
-    """Refuse config files that say nothing, that say something twice, or that set what another
-    setting decides.
-
-    Args:
-        args: of the command line; its ``--config`` files are looked at.
-
-    Raises:
-        ConfigurationError: names the file, and the line if there is one.
-    """
-    for flag, value in zip(args, [*args[1:], ""], strict=True):
-        name, has_value, given = flag.partition("=")
-        for target, source in _DECIDED.items():
-            if name in (f"--{target}", f"--{target.replace('.init_args', '')}"):
-                raise ConfigurationError(f"{name} has no effect: --{source} decides it; set that")
-        if name not in ("--config", "-c"):
-            continue
-        path = Path(given if has_value else value)
-        if not path.is_file():
-            continue  # the parser says so, and it also takes a config itself
-        try:
-            content = _strict(path.read_text("utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, ConfigurationError) as error:
-            raise ConfigurationError(f"--config {path}: {_one_line(error)}") from error
-        if not isinstance(content, dict) or not content:
-            raise ConfigurationError(
-                f"--config {path}: the file holds no settings; it must be a mapping such as "
-                "`trainer: {max_steps: 10}`"
-            )
-        for target, source in _DECIDED.items():
-            chosen = _entry(content, target)
-            if chosen is not None and chosen != _entry(content, source):
-                raise ConfigurationError(
-                    f"--config {path}: {target}={chosen} has no effect: {source} decides it; set "
-                    "that"
-                )
-
-
-def _entry(content: Any, key: str) -> Any:
-    for name in key.split("."):
-        content = content.get(name) if isinstance(content, dict) else None
-    return content
-
-
-def refuse_doubled_keys() -> None:
-    """Have the parser refuse them wherever it reads YAML, also in a value or a file of a value."""
-    load = get_loader("yaml")
-
-    def strict_load(text: str) -> Any:
-        _check_keys(text)
-        return load(text)
-
-    if load.__name__ != strict_load.__name__:
-        set_loader("yaml", strict_load)
-
-
-class _DoubledKeyError(ConfigurationError):
-    """A mapping has a key twice; YAML's own readers take the last without a word."""
-
-
-def _strict(text: str) -> Any:
-    _check_keys(text)
-    return yaml.safe_load(text)
-
-
-def _check_keys(text: str) -> None:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, ValueError):  # whoever loads it says what is wrong
-        return
-    if node is not None:
-        _check_node(node, "", ())
-
-
-def _check_node(node: yaml.Node, path: str, around: tuple[yaml.Node, ...]) -> None:
-    if any(node is other for other in around):
-        line = node.start_mark.line + 1
-        raise ConfigurationError(f"line {line}: {path} is an alias of what it stands in")
-    around = (*around, node)
-    if isinstance(node, yaml.SequenceNode):
-        for i, item in enumerate(node.value):
-            _check_node(item, f"{path}[{i}]", around)
-    if not isinstance(node, yaml.MappingNode):
-        return
-    lines: dict[str, int] = {}
-    for key, value in node.value:
-        name = f"{path}.{key.value}" if path else str(key.value)
-        line = key.start_mark.line + 1
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-            if name in lines:
-                where = f", in lines {lines[name]} and {line}" if line != lines[name] else ""
-                raise _DoubledKeyError(f"{name} stands twice{where}; leave one")
-            lines[name] = line
-        _check_node(value, name, around)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return " ".join(str(error).split())

@@ -102,9 +102,9 @@ def memory(recipe: Path) -> dict[str, str]:
     data, trainer = config["data"]["init_args"], config["trainer"]
     size = config["model"]["init_args"]["model"].rpartition("-")[2]
     ranks = trainer["devices"] * trainer.get("num_nodes", 1)
-    trajectories = data["batch_groups"] * data["group_size"]
+    trajectories = data["batch"]["groups"] * data["batch"]["group_size"]
     rows = math.ceil(trajectories / (ranks * trainer["accumulate_grad_batches"]))
-    tokens = rows * (data["max_prompt_tokens"] + data["max_new_tokens"])
+    tokens = rows * (data["task"]["max_prompt_tokens"] + data["task"]["sampling"]["max_new_tokens"])
     values = {**architectures()[size], **RUN, "N": ranks, "T": tokens}
     formulas = {row["what"]: row["bytes"] for row in FORMULAS}
     resting = gigabytes("12 * P / N", **values)

@@ -179,12 +179,12 @@ def test_the_command_line_ends_with_status_2_before_the_engine_starts(
             "answer_column": None,
         },
     }
-    option = ["--data.init_args.task.prompts", json.dumps(prompts)]
+    holder: dict[str, object] = {"task": {"prompts": prompts}}
     if command == "validate":
-        some = {"some": {"prompts": prompts}}
-        option = ["--data.init_args.evaluations", json.dumps(some)]
+        holder = {"evaluations": {"some": {"prompts": prompts}}}
+    overlay = json.dumps({"data": {"init_args": holder}})
     args = [command, "--config", str(SIMULATED), "--model.init_args.model", str(tiny_checkpoint)]
-    status = main([*args, *option])
+    status = main([*args, "--config", overlay])
     complaint = capsys.readouterr().err
     key = "task.prompts" if command == "fit" else "evaluations.some.prompts"
     assert status == 2

@@ -88,22 +88,22 @@ def test_a_template_that_cannot_be_parsed_is_a_configuration_error():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"options": {"tokenize": False}}, "template.options.tokenize cannot be set"),
+        ({"options": {"tokenize": False}}, "options.tokenize cannot be set"),
         ({"options": {"add_generation_prompt": False}}, "options.add_generation_prompt cannot"),
         ({"options": {"return_dict": False}}, "options.return_dict cannot be set"),
         ({"options": {"messages": []}}, "options.messages cannot be set"),
         ({"options": {"tools": []}}, "options.tools: set tools"),
         ({"options": {"system": "x"}}, "options.system: set system"),
-        ({"options": ["x"]}, r"template.options=\['x'\] must map"),
-        ({"system": ""}, "template.system='' must be text"),
-        ({"tools": []}, r"template.tools=\[\] must be a list"),
-        ({"tools": ["add"]}, r"template.tools=\['add'\] must be a list"),
+        ({"options": ["x"]}, r"options=\['x'\] must map"),
+        ({"system": ""}, "system='' must be text"),
+        ({"tools": []}, r"tools=\[\] must be a list"),
+        ({"tools": ["add"]}, r"tools=\['add'\] must be a list"),
         ({"special_tokens": "drop"}, "special_tokens='drop' must be keep or strip"),
         ({"trailing_assistant": "no"}, "trailing_assistant='no' must be refuse or drop"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_by_its_key(settings, message):
-    with pytest.raises(ConfigurationError, match=rf"{message}"):
+    with pytest.raises(ConfigurationError, match=f"^{message}"):
         Template(**settings)
 
 
