@@ -19,7 +19,8 @@ from collections.abc import Sequence
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from copris_lightning.core.batching import MicroBatch, collate, cut_by_length
+from copris_lightning.core.batching import MicroBatch, collate
+from copris_lightning.core.partition import cut_by_length
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.policy.policy import Policy
 

@@ -14,14 +14,6 @@ NAMED = sorted(set(re.findall(r"`((?:\w+/)*\w+\.py)(?:::([\w.]+))?`", PAGE)))
 ROOMS = {path.parent.name for path in (ROOT / "copris_lightning").glob("*/__init__.py")}
 
 COMING = {
-    "core/buffer.py::CarryOverBuffer.next",
-    "core/buffer.py::CarryOverBuffer.take",
-    "core/estimator/estimator.py::Estimator",
-    "core/freshness.py::Freshness",
-    "core/outcome.py::Verdict",
-    "core/segments.py::Segment",
-    "core/trajectory.py::Trajectory.relabel",
-    "datamodules/settings.py::Flow",
     "engines/engine.py::Engine.hold",
     "engines/engine.py::Engine.release",
     "engines/vllm.py::VLLMEngine.stream",
@@ -32,10 +24,6 @@ COMING = {
     "rollout/scheduler.py::RolloutScheduler.take",
     "rollout/shared_engine.py::SharedEngine",
     "rollout/shared_engine.py::SharedEngine.hold",
-    "tests/core/test_buffer_cases.py::test_a_taken_group_keeps_its_place_until_the_version_rises",
-    "tests/core/test_freshness.py::test_it_agrees_with_sorted_deadlines_over_any_history",
-    "tests/core/test_trajectory.py::test_columns_are_aligned_token_by_token",
-    "tests/core/test_trajectory.py::test_labels_are_only_ever_raised_from_where_the_stream_began",
     "tests/weights/test_files.py::test_a_send_takes_one_shard_of_host_memory",
     "tests/weights/test_files.py::test_a_set_is_finished_whichever_shard_the_engine_dies_at",
     "weights/files.py::FilesTransport.send",

@@ -6,8 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from copris_lightning.core.batching import MicroBatch, collate, forward_cost, partition
+from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.estimator.normalization import UpdateTotals
+from copris_lightning.core.partition import forward_cost, partition
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import LogprobSource, PromptGroup, Trajectory
 from copris_lightning.datamodules.settings import BatchSize

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import lightning as L
 
-from copris_lightning.core.batching import MicroBatch, collate, cut_by_length
+from copris_lightning.core.batching import MicroBatch, collate
+from copris_lightning.core.partition import cut_by_length
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.datamodules.divide import sequence_length

@@ -28,7 +28,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from copris_lightning.quickstart import task
 from copris_lightning.quickstart.task import AdditionPrompts, demonstration
@@ -95,12 +95,23 @@ def warm_start(
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} holds something else: set output to a new directory")
 
+    tokenizer = character_tokenizer()
+    model = _untrained(tokenizer, seed, True, hidden_size, layers)
+    data = _Demonstrations(tokenizer, seed, steps, batch_tokens, error_rate)
+    _fit(_Imitation(model, learning_rate, steps), data, steps)
+    _save(model, tokenizer, record, output)
+    return output
+
+
+def _save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    record: dict[str, Any],
+    output: Path,
+) -> None:
+    """Put a checkpoint and its record in the place of what is there, all at once."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
-        tokenizer = character_tokenizer()
-        model = _untrained(tokenizer, seed, True, hidden_size, layers)
-        data = _Demonstrations(tokenizer, seed, steps, batch_tokens, error_rate)
-        _fit(_Imitation(model, learning_rate, steps), data, steps)
         made = Path(staging, "made")
         model.save_pretrained(made)
         tokenizer.save_pretrained(made)
@@ -109,7 +120,6 @@ def warm_start(
             output.rename(Path(staging, "replaced"))
         made.rename(output)
     print(f"warm start: saved {output}", flush=True)
-    return output
 
 
 def tiny_model(

@@ -10,17 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trajectories import trajectory, versions
 
-from copris_lightning.core.batching import (
-    NO_TOTALS,
-    MicroBatch,
-    collate,
-    cut_by_length,
-    forward_cost,
-    length_mask,
-    partition,
-)
+from copris_lightning.core.batching import NO_TOTALS, MicroBatch, collate, length_mask
 from copris_lightning.core.estimator.normalization import UpdateTotals
 from copris_lightning.core.outcome import TRUNCATED, Credit, Excluded
+from copris_lightning.core.partition import cut_by_length, forward_cost, partition
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import Trajectory
 

@@ -58,7 +58,7 @@ def test_workers_leave_signals_to_the_main_process(scorer):
 @pytest.mark.parametrize("reward", [Alarmed(), AlarmedJudge()], ids=["plain", "async"])
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, VirtualClockLoop])
 def test_a_reward_may_limit_itself_by_an_alarm_on_every_engines_loop(reward, new_loop):
-    scorer, loop = RewardScorer(Scoring(reward), new_loop())
+    scorer, loop = RewardScorer(Scoring(reward)), new_loop()
     assert loop.run_until_complete(scorer("x", PROMPT)) == 0.25
     scorer.close()
     loop.close()

@@ -31,7 +31,7 @@ def exact(response, prompt, bonus=0.0):
 RUN = """
 import asyncio, functools
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.rollout.rewards import Prompt, RewardScorer
+from copris_lightning.rollout.rewards import Prompt, RewardScorer, Scoring
 
 def run(reward):
     try:
