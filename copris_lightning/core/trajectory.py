@@ -27,9 +27,9 @@ class Trajectory:
         max_new_tokens: limit on the response length over all resumes, in tokens.
         tokens: the response so far, int32.
         segments: the labels of the tokens, in order; neighbours differ, versions never fall.
-        logprobs: by source, natural log (after temperature), float32, one per token; only the
-            trainer's may cover a prefix, until it scores the rest. A source that nobody asked for
-            is absent. An observation's are placeholders.
+        logprobs: by source, natural log under the sampled distribution, float32, one per token;
+            only the trainer's may cover a prefix, until it scores the rest. A source that nobody
+            asked for is absent. An observation's are placeholders.
         outcome: ``None`` before it is finished.
         credit: ``None`` before its group is trained on.
     """

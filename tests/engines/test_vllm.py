@@ -242,6 +242,7 @@ def test_greedy_decoding_cut_anywhere_equals_uncut(synced: Running, tiny_checkpo
 
     groups = call(collect_with_cuts())
     assert sum(e.kind == "resume" for e in events) > 8
+    call(engine.release(engine.version))
     for group in groups:
         trajectory = group.trajectories[0]
         uncut, _, _ = call(
