@@ -186,7 +186,7 @@ class VLLMServerEngine:
                             spans += self._gate.spans(started, piece.made)
                         yield Chunk(
                             piece.token_ids,
-                            nothing if not piece.token_ids else piece.logprobs,
+                            piece.logprobs if piece.token_ids and nothing is not None else nothing,
                             started,
                             ending,
                             spans if ending else (),

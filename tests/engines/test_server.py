@@ -116,7 +116,7 @@ async def generate(
     ids: list[int] = []
     logprobs: list[float] = []
     reason = None
-    async for chunk in engine.generate(request):
+    async for chunk in engine.stream(request):
         assert reason is None
         ids += chunk.token_ids
         logprobs += chunk.logprobs
@@ -275,7 +275,7 @@ def test_weights_are_refused_while_requests_are_in_flight(synced: Connected, mod
 
     async def sync_in_the_middle() -> None:
         request = GenerationRequest("middle", PROMPT, 200, Decoding(), 0)
-        async with aclosing(engine.generate(request)) as chunks:
+        async with aclosing(engine.stream(request)) as chunks:
             async for _ in chunks:
                 await engine.update_weights(model.named_parameters(), 99)
 

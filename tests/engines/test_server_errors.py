@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import synced
 import torch
 from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
@@ -64,7 +65,7 @@ class Fake:
         if status is not None:
             text = json.dumps({"error": {"message": "as it was told to"}})
             return web.Response(status=status, text=text)
-        if self.silent and body.get("method") == "load_trainer_weights":
+        if self.silent and body.get("method") == "load_shard":
             self.broken["/health"] = 503
             await asyncio.Event().wait()
         if route == GENERATE and body.get("stream"):
@@ -74,12 +75,13 @@ class Fake:
         facts = {"logprobs_mode": self.logprobs_mode, "sees_file": self.sees_file}
         results = {
             "describe": {**facts, "max_num_seqs": 16},
-            "load_trainer_weights": self.arrival,
+            "end_shards": self.arrival,
             "explain_mismatch": "all is well",
         }
         answers: dict[str, Any] = {
             "/v1/models": {"data": [card]},
             "/collective_rpc": {"results": [results.get(body.get("method", ""))]},
+            "/reset_prefix_cache": {"success": True},
             GENERATE: {"prompt_logprobs": [{str(t): {"logprob": -float(t)}} for t in tokens]},
         }
         return web.json_response(answers.get(route, {}))
@@ -123,6 +125,7 @@ def run(
         engine = VLLMServerEngine([fake.url for fake in fakes], connect_timeout_s=2.0, **settings)
         try:
             await engine.start(SPEC)
+            await engine.release(0)
             return await work(engine)
         finally:
             await engine.close()
@@ -138,7 +141,7 @@ async def nothing(engine: VLLMServerEngine) -> None:
 
 async def generate(engine: VLLMServerEngine) -> list[Chunk]:
     request = GenerationRequest("name", (3, 4), 10, Decoding(stop_token_ids=(1,)), seed=5)
-    return [chunk async for chunk in engine.generate(request)]
+    return [chunk async for chunk in engine.stream(request)]
 
 
 # -- servers that are wrong ----------------------------------------------------------------
@@ -173,7 +176,7 @@ def test_a_server_that_is_not_there_is_named() -> None:
     async def start() -> None:
         await VLLMServerEngine([url]).start(SPEC)
 
-    with pytest.raises(ConfigurationError, match=rf"\.urls: {url} does not answer; start it with"):
+    with pytest.raises(ConfigurationError, match=rf"^urls: {url} does not answer; start it with"):
         asyncio.run(start())
 
 
@@ -219,7 +222,7 @@ def test_settings_are_checked_before_anyone_is_contacted(
 
 
 def test_a_cap_beyond_the_files_that_may_be_open_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"cap=999999999 .* run `ulimit -n"):
+    with pytest.raises(ConfigurationError, match=r"cap of 999999999 .* run `ulimit -n"):
         VLLMServerEngine(["http://a:1"]).validate(EngineSpec("m", 999_999_999, 100, 98))
 
 
@@ -248,7 +251,7 @@ def test_a_response_goes_on_elsewhere_from_its_last_token(end: Part) -> None:
     chunks = run([dying, other], generate)
     assert [token for chunk in chunks for token in chunk.token_ids] == [10, 11, 12, 13, 1]
     assert [x for c in chunks for x in c.logprobs] == [-10.0, -11.0, -12.0, -13.0, -1.0]
-    assert [chunk.finish_reason for chunk in chunks] == [None, None, None, "stop"]
+    assert [chunk.ending for chunk in chunks] == [None, None, None, "stop"]
     assert {chunk.version for chunk in chunks} == {0}
     assert dying.requests[0]["token_ids"] == [3, 4]
     assert dying.requests[0]["sampling_params"]["max_tokens"] == 10
@@ -260,7 +263,7 @@ def test_servers_are_asked_as_the_request_says() -> None:
     async def evaluate(engine: VLLMServerEngine) -> list[Chunk]:
         decoding = Decoding(Sampling(0.0, top_p=0.9, top_k=5), (1,), logprobs=False)
         request = GenerationRequest("name", (3, 4), 10, decoding, seed=5)
-        return [chunk async for chunk in engine.generate(request)]
+        return [chunk async for chunk in engine.stream(request)]
 
     asked = []
     for work in (generate, evaluate):
@@ -321,21 +324,31 @@ def test_a_dead_server_is_probed_no_more_and_the_others_take_turns() -> None:
 WEIGHTS = [("w", torch.zeros(2))]
 
 
+def caller() -> Callable[..., Any]:
+    """Runs coroutines on this loop, from another thread."""
+    loop = asyncio.get_running_loop()
+    return lambda work: asyncio.run_coroutine_threadsafe(work, loop).result()
+
+
+async def load(engine: VLLMServerEngine, version: int) -> None:
+    await asyncio.to_thread(synced.sync, engine, caller(), WEIGHTS, version)
+
+
 @pytest.mark.parametrize("healthy", [True, False])
 def test_a_failed_load_is_an_error_unless_the_server_is_dead(healthy: bool) -> None:
     async def sync(engine: VLLMServerEngine) -> None:
-        fakes[0].broken["load_trainer_weights"] = 500
+        fakes[0].broken["load_shard"] = 500
         if not healthy:
             fakes[0].broken["/health"] = 503
-            await engine.update_weights(WEIGHTS, 1)
+            await load(engine, 1)
             assert [s.lost is None for s in engine._servers] == [False, True]
             assert engine.version == 1
             fakes[0].broken.clear()
-            await engine.update_weights(WEIGHTS, 2)
+            await load(engine, 2)
             assert [s.lost for s in engine._servers] == [None, None]
         else:
             with pytest.raises(WeightSyncError, match="could not load the weights"):
-                await engine.update_weights(WEIGHTS, 1)
+                await load(engine, 1)
             assert engine.version == 0
         for fake in fakes:  # whatever happened, nobody is left paused
             paused = [call for call in fake.calls if call in ("/pause", "/resume")]
@@ -358,7 +371,7 @@ def test_weights_that_did_not_arrive_on_one_of_the_servers_end_the_run(
     async def sync(engine: VLLMServerEngine) -> None:
         fakes[1].arrival = report
         with pytest.raises(WeightSyncError, match=rf"did not arrive at {engine.urls[1]}.*{found}"):
-            await engine.update_weights(WEIGHTS, 1)
+            await load(engine, 1)
 
     fakes = [Fake(), Fake()]
     run(fakes, sync)
@@ -371,8 +384,12 @@ def test_weights_and_probes_leave_no_file_behind(tmp_path: Path) -> None:
             return await super().answer(request)
 
     async def sync(engine: VLLMServerEngine) -> None:
-        await engine.update_weights(WEIGHTS, 1)
-        assert await engine.explain_mismatch(WEIGHTS) == f"{engine.urls[0]}: all is well"
+        await engine.hold()
+        transport = engine.transport(0, caller())
+        await asyncio.to_thread(transport.send, lambda: iter(WEIGHTS))
+        answer = await asyncio.to_thread(transport.explain, lambda: iter(WEIGHTS))
+        assert answer == f"{engine.urls[0]}: all is well"
+        transport.close()
 
     seen: list[int] = []
     run([Looking()], sync, sync_directory=str(tmp_path))
@@ -388,7 +405,7 @@ def test_a_server_whose_engine_dies_in_a_load_is_not_waited_for(
     fakes = [Fake(silent=True), *(Fake() for _ in range(others))]
 
     async def sync(engine: VLLMServerEngine) -> None:
-        await engine.update_weights([("w", torch.zeros(2))], 1)
+        await load(engine, 1)
 
     if others:
         run(fakes, sync)

@@ -15,6 +15,7 @@ from copris_testing import reference_logprobs
 from synced import send, sync
 from transformers import AutoModelForCausalLM
 
+from copris_lightning.core.sampling import Sampling
 from copris_lightning.engines.engine import Chunk, Decoding, Engine, GenerationRequest, Span
 from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import EngineError, WeightSyncError
@@ -49,7 +50,7 @@ async def stream(
 ) -> list[Chunk]:
     """All chunks of a response."""
     name = f"test-{random.random()}"
-    request = GenerationRequest(name, tokens, n, Decoding(temperature), seed=0)
+    request = GenerationRequest(name, tokens, n, Decoding(Sampling(temperature)), seed=0)
     async with aclosing(engine.stream(request)) as chunks:
         return [chunk async for chunk in chunks]
 
