@@ -9,7 +9,6 @@ import os
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -25,22 +24,21 @@ from copris_lightning.engines.vllm_arguments import (
     scoring_params,
 )
 from copris_lightning.engines.vllm_processes import VLLMProcesses
+from copris_lightning.engines.vllm_receiver import VLLMReceiver
+from copris_lightning.engines.vllm_requests import VLLMRequests, as_chunk
 from copris_lightning.engines.watchdog import Deadlines
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 from copris_lightning.search_path import SAFE_PATH, SET_HERE
-from copris_lightning.weights.adapter import ADAPTER_ID
-from copris_lightning.weights.arrival import fault
 from copris_lightning.weights.files import FilesTransport, check_hand_over, hand_over_prefix
 from copris_lightning.weights.transport import Run, Transport
 
 if TYPE_CHECKING:
-    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 _score_ids = itertools.count()
 
 
-class VLLMEngine:
+class VLLMEngine(VLLMReceiver):
     """Generates with vLLM.
 
     Tokens are labelled by vLLM itself: the label of the weights is set at each release, and comes
@@ -104,9 +102,9 @@ class VLLMEngine:
         self.sync_directory = sync_directory
         self._llm: AsyncLLM | None = None
         self._processes = VLLMProcesses(deadlines, hand_over_prefix(sync_directory))
+        self._requests = VLLMRequests(self._processes)
         self._gate = Gate()
         self._state = _State()
-        self._adapter: LoRARequest | None = None
         refuse_own(self.engine_args)
 
     @property
@@ -194,22 +192,9 @@ class VLLMEngine:
         outputs = self._outputs(request.token_ids, params, request.request_id, endings)
         async with aclosing(outputs) as parts:
             async for output, started in parts:
-                completion = output.outputs[0]
-                ending = completion.finish_reason
-                if completion.finish_reason == "abort":
-                    ending = "held"
-                logprobs = nothing
-                if request.decoding.logprobs and completion.token_ids:
-                    # Flat log-probs hold one entry per token here, the sampled one's.
-                    logprobs = tuple(completion.logprobs.logprobs)
-                made = [(s.end - s.start, int(s.version)) for s in completion.weight_versions or ()]
-                yield Chunk(
-                    token_ids=tuple(completion.token_ids),
-                    logprobs=logprobs,
-                    version=started,
-                    ending=ending,
-                    spans=self._gate.spans(started, made) if ending else (),
-                )
+                chunk = as_chunk(output, started, self._gate, logprobs=nothing is not None)
+                ending = chunk.ending
+                yield chunk
         if ending is None:  # it was never admitted
             yield Chunk((), nothing, self.version, "held")
 
@@ -226,50 +211,14 @@ class VLLMEngine:
             llm, started = await self._running(), self.version
             # Blocks of older weights that a kept hold leaves behind bear another salt.
             prompt = tokens_input(list(token_ids), cache_salt=str(started))
-            collector = await self._add(llm, request_id, prompt, params)
-        async for output in self._read(llm, collector):
+            collector = await self._requests.add(llm, request_id, prompt, params, self._adapter)
+        async for output in self._requests.read(llm, collector):
             if output.outputs[0].finish_reason == "abort" and endings == self._gate.endings:
                 raise await self._processes.death(
                     "it ended its requests by itself, as it does when a signal tells its core to "
                     "stop"
                 )
             yield output, started
-
-    async def _add(self, llm: AsyncLLM, request_id: str, prompt: Any, params: Any) -> Any:
-        """Hand a request over; when this returns, it is on its way before any later call.
-
-        Returns:
-            what collects its outputs.
-        """
-        from vllm.exceptions import VLLMValidationError
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        try:
-            return await llm.add_request(request_id, prompt, params, lora_request=self._adapter)
-        except EngineDeadError as error:
-            raise await self._processes.death() from error
-        except (VLLMValidationError, ValueError) as error:
-            raise EngineError(f"vLLM refused request {request_id}: {error}") from error
-
-    async def _read(self, llm: AsyncLLM, collector: Any) -> AsyncGenerator[Any, None]:
-        """A request's outputs; aborts it when left early."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        is_over = False
-        try:
-            with self._processes.working():
-                while not is_over:
-                    output = collector.get_nowait() or await collector.get()
-                    is_over = output.finished
-                    self._processes.heard()
-                    yield output
-        except EngineDeadError as error:
-            is_over = True
-            raise await self._processes.death() from error
-        finally:
-            if not is_over:
-                await llm.abort(collector.request_id, internal=True)
-            collector.close()
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
         """Log-probs of the model's own distribution by vLLM's prefill. See :class:`Engine`.
@@ -284,8 +233,8 @@ class VLLMEngine:
 
         async def one(tokens: Sequence[int]) -> list[float]:
             name = f"score-{next(_score_ids)}"
-            collector = await self._add(llm, name, tokens_input(list(tokens)), params)
-            async with aclosing(self._read(llm, collector)) as outputs:
+            collector = await self._requests.add(llm, name, tokens_input(list(tokens)), params)
+            async with aclosing(self._requests.read(llm, collector)) as outputs:
                 [output] = [output async for output in outputs]
             entries = output.prompt_logprobs
             if entries is None:
@@ -383,7 +332,7 @@ class VLLMEngine:
             await self._call((await self._running()).wake_up(asleep), "wake up")
             self._state.asleep -= set(asleep)
 
-    # -- weights: see :class:`copris_lightning.weights.transport.Receiver` -------------------
+    # -- weights --------------------------------------------------------------------------
 
     def transport(self, rank: int, run: Run) -> Transport:
         """Through files, or vLLM's own. See :class:`Engine`."""
@@ -405,55 +354,6 @@ class VLLMEngine:
             keep_host_copy=self.keep_host_copy,
         )
 
-    async def begin_load(self) -> None:
-        """Wake the memory of the weights only, so that the old KV cache need not fit beside what
-        the load takes."""
-        await self._begin()
-        await self._on_workers("begin_shards", doing="begin to load")
-
-    async def load_shard(self, path: Path) -> None:
-        """Have all workers load a file."""
-        await self._on_workers("load_shard", str(path), doing="load the weights")
-
-    async def end_load(self) -> None:
-        """Have them say what arrived.
-
-        Raises:
-            WeightSyncError: not what was sent.
-        """
-        _check_arrival(await self._on_workers("end_shards", doing="report what arrived"))
-
-    async def load_adapter(self, folder: Path) -> None:
-        """Replace the adapter that all requests from now on are answered with.
-
-        Raises:
-            WeightSyncError: the workers apply something else.
-        """
-        from vllm.lora.request import LoRARequest
-
-        llm = await self._begin()
-        load = llm.add_lora(LoRARequest("policy", ADAPTER_ID, str(folder), load_inplace=True))
-        await self._call(load, "load the adapter")
-        # Not loaded in place again: requests only name it.
-        self._adapter = LoRARequest("policy", ADAPTER_ID, str(folder))
-        file = str(folder / "adapter_model.safetensors")
-        _check_arrival(await self._on_workers("adapter_report", file, doing="report what arrived"))
-
-    async def begin_transfer(self) -> None:
-        """As :meth:`begin_load`, before vLLM's own transfer."""
-        await self._begin()
-        await self._on_workers("watch_transfer", doing="watch the transfer")
-
-    async def end_transfer(self) -> None:
-        """As :meth:`end_load`, after it."""
-        _check_arrival(await self._on_workers("transfer_report", doing="report what arrived"))
-
-    async def explain(self, paths: Sequence[Path]) -> str:
-        """Ask the workers which tensors differ."""
-        names = [str(path) for path in paths]
-        answers = await self._on_workers("explain_mismatch", names, doing="compare the weights")
-        return "; ".join(dict.fromkeys(answers))
-
     async def _begin(self) -> AsyncLLM:
         """Get ready for new weights."""
         llm = await self._running()
@@ -462,11 +362,6 @@ class VLLMEngine:
         await self._wake(["weights"], for_weights=True)
         self._state.has_new_weights = True
         return llm
-
-    async def _on_workers(self, method: str, *args: Any, doing: str) -> list[Any]:
-        llm = await self._running()
-        results: list[Any] = await self._call(llm.collective_rpc(method, args=args), doing)
-        return results
 
     # -- end -------------------------------------------------------------------------------
 
@@ -502,9 +397,3 @@ class _State:
     keeps: bool = False
     has_new_weights: bool = False
     asleep: set[str] = field(default_factory=set)
-
-
-def _check_arrival(reports: list[dict[str, Any]]) -> None:
-    found = fault(reports)
-    if found is not None:
-        raise WeightSyncError(f"the weights did not arrive in the engine: {found}")

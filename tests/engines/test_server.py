@@ -8,7 +8,6 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from served import Served
 from some_rewards import ShareOfDigits
+from synced import send, sync
 from transformers import AutoModelForCausalLM
 
 from copris_lightning import (
@@ -31,7 +31,14 @@ from copris_lightning import (
 )
 from copris_lightning.core.buffer import CarryOverBuffer, Status
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, GenerationRequest
+from copris_lightning.core.segments import Span
+from copris_lightning.engines.engine import (
+    Chunk,
+    Decoding,
+    Engine,
+    EngineSpec,
+    GenerationRequest,
+)
 from copris_lightning.errors import EngineError, WeightSyncError
 from copris_lightning.rollout.loop_thread import LoopThread
 from copris_lightning.rollout.scheduler import Event
@@ -96,7 +103,7 @@ def connect(servers: list[Served], tiny_checkpoint: Path) -> Iterator[Callable[.
 def synced(connect: Callable[..., Connected], model: Any) -> Connected:
     """An engine whose servers have the weights of ``model``."""
     engine, call = connect()
-    call(engine.update_weights(model.named_parameters(), 1))
+    sync(engine, call, model.named_parameters(), 1)
     return engine, call
 
 
@@ -120,7 +127,7 @@ async def generate(
         assert reason is None
         ids += chunk.token_ids
         logprobs += chunk.logprobs
-        reason = chunk.finish_reason
+        reason = chunk.ending
         on_chunk()
     return ids, logprobs, reason
 
@@ -228,7 +235,7 @@ def test_after_a_sync_both_servers_compute_with_the_new_weights(
     sequences = [list(range(2, 40)), [5, 6, 7, 8, 9]]
     for version in (2, 3):
         before = [call(server.score(sequences[0])) for server in engine._servers]
-        call(engine.update_weights(changed(model).named_parameters(), version))
+        sync(engine, call, changed(model).named_parameters(), version)
         assert engine.version == version
         for server, old in zip(engine._servers, before, strict=True):
             new = torch.tensor(call(server.score(sequences[0])))
@@ -244,51 +251,102 @@ def test_after_a_sync_both_servers_compute_with_the_new_weights(
 def test_a_sync_right_after_aborts_is_clean(synced: Connected, model: Any) -> None:
     engine, call = synced
 
-    async def abort_and_sync(version: int) -> None:
+    async def abort() -> None:
         tasks = [asyncio.create_task(generate(engine, LONG, n=100)) for _ in range(12)]
         await asyncio.sleep(random.uniform(0.0, 0.2))
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-        await engine.update_weights(model.named_parameters(), version)
+        await engine.hold()
 
     for version in range(2, 6):
-        changed(model)
-        call(abort_and_sync(version))
+        call(abort())
+        sync(engine, call, changed(model).named_parameters(), version)
         assert_made_by(model, call(several(engine, 2, LONG, n=20)), LONG)
 
 
 def test_a_mismatch_is_explained_for_each_server(synced: Connected, model: Any) -> None:
     engine, call = synced
-    explanation = call(engine.explain_mismatch(model.named_parameters()))
+    transport = engine.transport(0, call)
+    explanation = transport.explain(lambda: iter(list(model.named_parameters())))
     assert explanation.count("the engine has what was sent") == 2
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1.5)
-    explanation = call(engine.explain_mismatch(model.named_parameters()))
+    explanation = transport.explain(lambda: iter(list(model.named_parameters())))
+    transport.close()
     for url in engine.urls:
         found = f"{url}: the trainer's weights are no longer what was sent: model.layers.1.mlp.down"
         assert found in explanation
 
 
-def test_weights_are_refused_while_requests_are_in_flight(synced: Connected, model: Any) -> None:
+async def stream(
+    engine: Engine, tokens: tuple[int, ...], n: int, temperature: float
+) -> list[Chunk]:
+    name = f"test-{random.random()}"
+    request = GenerationRequest(name, tokens, n, Decoding(Sampling(temperature)), seed=0)
+    return [chunk async for chunk in engine.stream(request)]
+
+
+def test_a_hold_at_any_moment_loses_no_token(synced: Connected) -> None:
+    engine, call = synced
+    rng = random.Random(0)
+
+    async def cut(prompt: tuple[int, ...], uncut: list[int]) -> int:
+        made: list[int] = []
+        holds = 0
+        while len(made) < len(uncut):
+            left = len(uncut) - len(made)
+            task = asyncio.create_task(stream(engine, (*prompt, *made), left, 0.0))
+            await asyncio.sleep(rng.choice([0.0, rng.uniform(0.0, 0.2)]))
+            await engine.hold()
+            chunks = await task
+            new = [token for chunk in chunks for token in chunk.token_ids]
+            whole = (Span(len(new), 1, 1),) if new else ()
+            assert chunks[-1].spans == whole
+            made += new
+            holds += chunks[-1].ending == "held"
+            await engine.release(1)
+        assert made == uncut
+        return holds
+
+    holds = 0
+    for i in range(3):
+        prompt = (5, 6, 7, 2 + i)
+        chunks = call(stream(engine, prompt, 100, 0.0))
+        uncut = [token for chunk in chunks for token in chunk.token_ids]
+        holds += call(cut(prompt, uncut))
+    assert holds > 3
+
+
+def test_a_kept_hold_tells_two_versions_apart(synced: Connected, model: Any) -> None:
     engine, call = synced
 
-    async def sync_in_the_middle() -> None:
-        request = GenerationRequest("middle", PROMPT, 200, Decoding(), 0)
-        async with aclosing(engine.stream(request)) as chunks:
-            async for _ in chunks:
-                await engine.update_weights(model.named_parameters(), 99)
+    async def begin() -> list[asyncio.Task[list[Chunk]]]:
+        tasks = [asyncio.create_task(stream(engine, LONG, 100, 1.0)) for _ in range(4)]
+        await asyncio.sleep(0.3)
+        await engine.hold(keep=True)
+        return tasks
 
-    with pytest.raises(WeightSyncError, match="1 requests are in flight"):
-        call(sync_in_the_middle())
+    async def finish(tasks: list[asyncio.Task[list[Chunk]]]) -> list[list[Chunk]]:
+        return await asyncio.gather(*tasks)
+
+    tasks = call(begin())
+    send(engine, call, changed(model).named_parameters())
+    call(engine.release(2, clear_kv=False))
+    for chunks in call(finish(tasks)):
+        assert chunks[-1].ending == "length"
+        assert sum(span.length for span in chunks[-1].spans) == 100
+        assert [(s.version, s.kv_version) for s in chunks[-1].spans] == [(1, 1), (2, 1)]
+    # A prompt that comes later reads nothing of the old weights.
+    assert_made_by(model, call(several(engine, 2, LONG, n=20)), LONG)
 
 
 def test_weights_that_do_not_fit_are_an_error(synced: Connected, model: Any) -> None:
     engine, call = synced
     with pytest.raises(WeightSyncError, match=r"http://127.* could not load the weights"):
-        call(engine.update_weights([("model.layers.9.nonsense", torch.zeros(2))], 77))
+        sync(engine, call, [("model.layers.9.nonsense", torch.zeros(2))])
     assert engine.version == 1
-    call(engine.update_weights(model.named_parameters(), 2))
+    sync(engine, call, model.named_parameters(), 2)
     assert_made_by(model, call(several(engine, 4)))
 
 
@@ -303,7 +361,7 @@ def test_a_server_that_hangs_is_left_out_until_the_next_sync(
     connect: Callable[..., Connected], servers: list[Served], model: Any
 ) -> None:
     engine, call = connect(stall_timeout_s=6.0, connect_timeout_s=3.0)
-    call(engine.update_weights(model.named_parameters(), 1))
+    sync(engine, call, model.named_parameters(), 1)
 
     async def hang_in_the_middle() -> list[Any]:
         def hang() -> None:
@@ -318,12 +376,12 @@ def test_a_server_that_hangs_is_left_out_until_the_next_sync(
         # Nobody noticed: every response is whole, and its tokens are the policy's.
         assert [(len(ids), reason) for ids, _, reason in responses] == [(200, "length")] * 8
         assert_made_by(model, responses)
-        call(engine.update_weights(changed(model).named_parameters(), 2))
+        sync(engine, call, changed(model).named_parameters(), 2)
         assert engine._servers[0].lost is not None
         assert_made_by(model, call(several(engine, 4)))
     finally:
         servers[0].signal(signal.SIGCONT)
-    call(engine.update_weights(changed(model).named_parameters(), 3))
+    sync(engine, call, changed(model).named_parameters(), 3)
     assert [server.lost for server in engine._servers] == [None, None]
     for server in engine._servers:
         tokens = list(range(2, 40))
