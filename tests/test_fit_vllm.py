@@ -103,8 +103,9 @@ def fit(
 def test_each_segment_bears_the_logprobs_of_the_very_weights_of_its_version(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:
-    engine = VLLMEngine(cpu_engine_args)
-    # Bounded, so that a reward that is late once does not leave finished responses for all batches.
+    # Chunks of some tokens, so that the loop has time for rewards, which else come so late that
+    # finished responses are left for all batches.
+    engine = VLLMEngine({**cpu_engine_args, "stream_interval": 8})
     trainer, recorder = fit(
         tiny_checkpoint, engine, tmp_path, lr=0.3, steps=6, max_staleness=1, max_new_tokens=240
     )

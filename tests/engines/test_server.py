@@ -413,7 +413,9 @@ def test_a_run_survives_its_servers_down_to_the_last_and_then_keeps_its_buffer(
     assert reaper.stage >= 4
     assert len(records) == reaper.stage * 8
     state = torch.load(tmp_path / "on_exception.ckpt", weights_only=True)["RolloutDataModule"]
-    buffer = CarryOverBuffer(limit=20, stop_token_ids=[STOP], **SIZES)
+    buffer = CarryOverBuffer(
+        limit=20, group_size=2, batch_groups=4, max_new_tokens=96, stop_token_ids=[STOP]
+    )
     buffer.load_state_dict(state["buffer"])
     kept = list(buffer.trajectories())
     names = [(r["prompt_id"], r["sample"]) for r in records]
