@@ -33,6 +33,11 @@ SIZES: dict[str, Any] = {
 }
 
 
+FEW: dict[str, Any] = {"cap": 4, "max_new_tokens": 240}
+"""Fewer in flight than a batch takes: while rewards are awaited, not many batches' worth of
+responses can finish, and what a stage cuts is in one of the next batches."""
+
+
 class Recorder(L.Callback):
     """Keeps, per batch, what was delivered and what the step computed; and weights by version."""
 
@@ -104,10 +109,7 @@ def test_each_segment_bears_the_logprobs_of_the_very_weights_of_its_version(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path
 ) -> None:
     engine = VLLMEngine(cpu_engine_args)
-    # Bounded, so that a reward that is late once does not leave finished responses for all batches.
-    trainer, recorder = fit(
-        tiny_checkpoint, engine, tmp_path, lr=0.3, steps=6, max_staleness=1, max_new_tokens=240
-    )
+    trainer, recorder = fit(tiny_checkpoint, engine, tmp_path, lr=0.3, steps=6, **FEW)
     models = {}
     for version, weights in recorder.weights.items():
         models[version] = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
@@ -148,16 +150,8 @@ def test_with_learning_rate_zero_every_importance_ratio_is_one(
     tiny_checkpoint: Path, cpu_engine_args: dict[str, Any], tmp_path: Path, source: str
 ) -> None:
     engine = VLLMEngine(cpu_engine_args)
-    _, recorder = fit(
-        tiny_checkpoint,
-        engine,
-        tmp_path,
-        lr=0.0,
-        steps=5,
-        max_staleness=1,
-        max_new_tokens=240,
-        behavior_logprobs=source,
-    )
+    settings = {"behavior_logprobs": source, **FEW}
+    _, recorder = fit(tiny_checkpoint, engine, tmp_path, lr=0.0, steps=5, **settings)
     rows = [t for groups in recorder.batches for g in groups for t in g.trajectories]
     assert any(len(t.segments) > 1 for t in rows)
     assert max(s.version for t in rows for s in t.segments) >= 3

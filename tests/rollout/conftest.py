@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,3 +22,14 @@ def rollout() -> Iterator[Callable[..., Rollout]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def rollout_threads() -> Callable[[], list[threading.Thread]]:
+    """Those of the test that are alive now; the session's engine may have one of its own."""
+    before = set(threading.enumerate())
+    return lambda: [
+        thread
+        for thread in threading.enumerate()
+        if thread.name == "copris-rollout" and thread not in before
+    ]

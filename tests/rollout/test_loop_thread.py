@@ -22,10 +22,6 @@ def thread():
     made.close()
 
 
-def rollout_threads():
-    return [t for t in threading.enumerate() if t.name == "copris-rollout"]
-
-
 def test_the_result_comes_back_from_the_other_thread(thread):
     async def work():
         await asyncio.sleep(0)
@@ -160,7 +156,7 @@ def test_a_coroutine_that_cancels_itself_is_a_cancelled_call(thread):
         thread.call(work())
 
 
-def test_closing_ends_the_thread_and_may_be_repeated():
+def test_closing_ends_the_thread_and_may_be_repeated(rollout_threads):
     made = LoopThread(asyncio.new_event_loop)
     made.call(asyncio.sleep(0))
     assert len(rollout_threads()) == 1

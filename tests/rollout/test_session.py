@@ -16,6 +16,8 @@ from simulated_fits import LoggingEngine, build
 
 from copris_lightning.rollout import loop_thread, session
 
+Threads = Callable[[], list[threading.Thread]]
+
 
 class StoppingEngine(LoggingEngine):
     """In one of its methods it calls a function and then waits for ever."""
@@ -47,10 +49,6 @@ class StoppingEngine(LoggingEngine):
         await super().start(spec)
 
 
-def rollout_threads() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "copris-rollout"]
-
-
 @pytest.mark.parametrize(
     ("place", "calls", "number"),
     [
@@ -60,7 +58,12 @@ def rollout_threads() -> list[threading.Thread]:
     ],
 )
 def test_a_run_that_waits_for_its_engine_can_be_stopped(
-    tiny_checkpoint: Path, tmp_path: Path, place: str, calls: int, number: signal.Signals
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    rollout_threads: Threads,
+    place: str,
+    calls: int,
+    number: signal.Signals,
 ) -> None:
     engine = StoppingEngine(place, lambda: os.kill(os.getpid(), number), calls)
     trainer, module, data, _ = build(tiny_checkpoint, tmp_path)
@@ -104,7 +107,11 @@ class SlowToStop(LoggingEngine):
 @pytest.mark.parametrize("again", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
 def test_a_boot_that_is_stopped_twice_is_cleaned_up_whole(
-    tiny_checkpoint: Path, tmp_path: Path, first: signal.Signals, again: signal.Signals
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    rollout_threads: Threads,
+    first: signal.Signals,
+    again: signal.Signals,
 ) -> None:
     trainer, module, data, _ = build(tiny_checkpoint, tmp_path)
     data.engine = engine = SlowToStop(first, again)
@@ -121,7 +128,7 @@ def test_a_boot_that_is_stopped_twice_is_cleaned_up_whole(
 
 
 def test_a_signal_while_the_engine_is_closed_kills_it(
-    tiny_checkpoint: Path, tmp_path: Path
+    tiny_checkpoint: Path, tmp_path: Path, rollout_threads: Threads
 ) -> None:
     class Leaving(LoggingEngine):
         killed = 0
