@@ -91,6 +91,7 @@ def connect(servers: list[Served], tiny_checkpoint: Path) -> Iterator[Callable[.
         loop = LoopThread(engine.new_event_loop)
         opened.append((engine, loop))
         loop.call(engine.start(EngineSpec(str(tiny_checkpoint), 16, 257, vocab_size=98)))
+        loop.call(engine.release(0))
         return engine, loop.call
 
     yield make
