@@ -298,7 +298,7 @@ def test_a_hold_at_any_moment_loses_no_token(synced: Connected) -> None:
         while len(made) < len(uncut):
             left = len(uncut) - len(made)
             task = asyncio.create_task(stream(engine, (*prompt, *made), left, 0.0))
-            await asyncio.sleep(rng.choice([0.0, rng.uniform(0.0, 0.2)]))
+            await asyncio.sleep(rng.choice([0.0, rng.uniform(0.0, 0.1)]))
             await engine.hold()
             chunks = await task
             new = [token for chunk in chunks for token in chunk.token_ids]
@@ -313,7 +313,7 @@ def test_a_hold_at_any_moment_loses_no_token(synced: Connected) -> None:
     holds = 0
     for i in range(3):
         prompt = (5, 6, 7, 2 + i)
-        chunks = call(stream(engine, prompt, 100, 0.0))
+        chunks = call(stream(engine, prompt, 200, 0.0))
         uncut = [token for chunk in chunks for token in chunk.token_ids]
         holds += call(cut(prompt, uncut))
     assert holds > 3
