@@ -281,11 +281,19 @@ def test_a_mismatch_is_explained_for_each_server(synced: Connected, model: Any) 
 
 
 async def stream(
-    engine: Engine, tokens: tuple[int, ...], n: int, temperature: float
+    engine: Engine,
+    tokens: tuple[int, ...],
+    n: int,
+    temperature: float,
+    on_chunk: Callable[[], None] = lambda: None,
 ) -> list[Chunk]:
     name = f"test-{random.random()}"
     request = GenerationRequest(name, tokens, n, Decoding(Sampling(temperature)), seed=0)
-    return [chunk async for chunk in engine.stream(request)]
+    chunks = []
+    async for chunk in engine.stream(request):
+        chunks.append(chunk)
+        on_chunk()
+    return chunks
 
 
 def test_a_hold_at_any_moment_loses_no_token(synced: Connected) -> None:
@@ -323,8 +331,9 @@ def test_a_kept_hold_tells_two_versions_apart(synced: Connected, model: Any) -> 
     engine, call = synced
 
     async def begin() -> list[asyncio.Task[list[Chunk]]]:
-        tasks = [asyncio.create_task(stream(engine, LONG, 100, 1.0)) for _ in range(4)]
-        await asyncio.sleep(0.3)
+        begun = asyncio.Event()
+        tasks = [asyncio.create_task(stream(engine, LONG, 100, 1.0, begun.set)) for _ in range(4)]
+        await begun.wait()
         await engine.hold(keep=True)
         return tasks
 
