@@ -338,12 +338,20 @@ def test_a_kept_hold_tells_two_versions_apart(synced: Connected, model: Any) -> 
         return await asyncio.gather(*tasks)
 
     tasks = call(begin())
+    for _ in range(9):  # the loop may be so late that all have been made already
+        if not any(task.done() for task in tasks):
+            break
+        call(engine.release(1))
+        tasks = call(begin())
     send(engine, call, changed(model).named_parameters())
     call(engine.release(2, clear_kv=False))
+    labels = []
     for chunks in call(finish(tasks)):
         assert chunks[-1].ending == "length"
         assert sum(span.length for span in chunks[-1].spans) == 250
-        assert [(s.version, s.kv_version) for s in chunks[-1].spans] == [(1, 1), (2, 1)]
+        labels.append([(s.version, s.kv_version) for s in chunks[-1].spans])
+    assert [(1, 1), (2, 1)] in labels
+    assert all(made in ([(1, 1), (2, 1)], [(2, 1)]) for made in labels)
     # A prompt that comes later reads nothing of the old weights.
     assert_made_by(model, call(several(engine, 2, LONG, n=20)), LONG)
 
@@ -378,7 +386,11 @@ def test_a_server_that_hangs_is_left_out_until_the_next_sync(
         return await several(engine, 8, n=200, on_chunk=hang)
 
     try:
-        responses = call(hang_in_the_middle())
+        for _ in range(9):  # the loop may be so late that all had been made already
+            responses = call(hang_in_the_middle())
+            if engine._servers[0].lost is not None:
+                break
+            servers[0].signal(signal.SIGCONT)
         assert "silent for 6 s" in (engine._servers[0].lost or "")
         # Nobody noticed: every response is whole, and its tokens are the policy's.
         assert [(len(ids), reason) for ids, _, reason in responses] == [(200, "length")] * 8
