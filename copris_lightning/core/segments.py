@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,9 @@ class Segment:
     kv_version: int | None
 
 
+Run = TypeVar("Run", Span, Segment)
+
+
 def last_version(segments: Sequence[Segment]) -> int | None:
     """Of the last token that a policy wrote."""
     return next((s.version for s in reversed(segments) if s.version is not None), None)
@@ -53,9 +57,10 @@ def label(segments: list[Segment], new: Segment) -> None:
     segments.append(new)
 
 
-def between(segments: Sequence[Segment], start: int, end: int) -> list[Segment]:
+def between(segments: Sequence[Run], start: int, end: int) -> list[Run]:
     """The labels of the tokens from ``start`` up to ``end``."""
-    found, position = [], 0
+    found: list[Run] = []
+    position = 0
     for segment in segments:
         length = min(end, position + segment.length) - max(start, position)
         if length > 0:

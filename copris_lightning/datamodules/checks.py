@@ -63,10 +63,11 @@ def check_estimator(trainer: L.Trainer, flow: Flow) -> None:
     estimator = getattr(module, "estimator", None)
     if estimator is None:
         return  # WeightSync refuses the module
-    if estimator.needs_mismatch and flow.behavior_logprobs == "engine":
+    if estimator.needs_mismatch and flow.source == "engine":
         raise ConfigurationError(
-            "flow.behavior_logprobs=engine: estimator.corrections of the mismatch "
-            "between engine and trainer need the trainer's log-probs too; set it to trainer"
+            "flow.behavior_logprobs=engine: estimator.corrections of the mismatch between engine "
+            "and trainer need the trainer's log-probs too; set it to trainer (which takes "
+            "flow.mode=staged and flow.kv=fresh)"
         )
 
 

@@ -83,7 +83,7 @@ class Continuity:
             "data": self.identity.state_dict(),
             "seed": self.settings.seed,
             "sampling": self._sampling,
-            "behavior_logprobs": self.settings.flow.behavior_logprobs,
+            "behavior_logprobs": self.settings.flow.source,
             "reward": self.settings.task.scoring.name,
             "special_tokens": self.settings.task.template.special_tokens,
         }
@@ -132,7 +132,7 @@ class Continuity:
             for name, value in self._sampling.items():
                 self._same(f"task.sampling.{name}", state["sampling"].get(name), value, held)
         unscored = any(len(r["logprobs"].get("trainer", ())) < len(r["tokens"]) for r in begun)
-        was, now = state["behavior_logprobs"], self.settings.flow.behavior_logprobs
+        was, now = state["behavior_logprobs"], self.settings.flow.source
         if unscored and was == "engine" and now == "trainer":
             self._same("flow.behavior_logprobs", was, now, "responses begun under older weights")
         unknown = sum(len(r["logprobs"].get("engine", ())) < len(r["tokens"]) for r in begun)

@@ -67,6 +67,7 @@ def _scheduler(session: RolloutSession, run: Preparation, name: str) -> RolloutS
         seed=settings.seed,
         name=f"evaluation-{name}",
         observer=lambda event: None,
+        is_alone=True,
     )
 
 

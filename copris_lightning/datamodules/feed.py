@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 
 from copris_lightning.core.batching import MicroBatch
-from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import quarantine, set_advantages
@@ -183,7 +182,7 @@ class Feed:
     def _check_synced(self, version: int) -> None:
         """The trainer can only score tokens made with the weights that it has."""
         is_stale = self.batch.position > 0 and version == self.batch.version
-        if is_stale and self._run.settings.flow.behavior_logprobs == "trainer":
+        if is_stale and self._run.settings.flow.source == "trainer":
             raise ConfigurationError(
                 "flow.behavior_logprobs=trainer needs a weight sync after every batch, and there "
                 f"was none after batch {self.batch.index}; set it to engine, or sync"
@@ -197,7 +196,7 @@ class Feed:
         if self.scheduler is not None:
             taken = self.batch.rows
             everything = [*taken, *self.scheduler.buffer.trajectories()]
-        if settings.flow.behavior_logprobs == "trainer":
+        if settings.flow.source == "trainer":
             score_behavior(
                 self._trainer, everything, self._ranks, sampling=sampling, max_tokens=max_tokens
             )
@@ -232,7 +231,7 @@ class Feed:
         micro_batches = divide(
             batch.groups,
             self.shape,
-            source=settings.flow.behavior_logprobs,
+            source=settings.flow.source,
             policy_version=batch.version,
             sampling=settings.task.sampling,
             quarantine_limit=settings.credit.quarantine_limit(settings.batch),
@@ -255,8 +254,7 @@ class Feed:
         is_open = batch.is_undivided or position < len(batch.micro_batches)
         return {
             **self._run.state_dict(),
-            "buffer": self._session.call(_snapshot(self.scheduler.buffer), watch=False),
-            "prompts": self._run.prompts.state_dict(),
+            **self._session.call(self.scheduler.snapshot(), watch=False),
             "batch_index": batch.index,
             "delivered": [group.state_dict() for group in batch.groups if is_open],
             "undivided": batch.is_undivided,
@@ -327,8 +325,3 @@ def _scheduler(
 
 async def _balance(scheduler: RolloutScheduler) -> TokenBalance:
     return scheduler.figures.balance()
-
-
-async def _snapshot(buffer: CarryOverBuffer) -> dict[str, Any]:
-    """Taken on the rollout thread, where rewards may still be coming in."""
-    return buffer.state_dict()

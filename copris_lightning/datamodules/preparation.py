@@ -124,6 +124,8 @@ def prepare(settings: RolloutSettings, model: str, trainer: Any, stage: str) -> 
             seed=settings.seed,
             adapter=getattr(module, "adapter", None),
             trust_remote_code=trusted,
+            keeps=settings.flow.keeps,
+            streams=settings.flow.streams,
         ),
         shape=BatchShape(
             world_size=trainer.world_size,
@@ -141,7 +143,7 @@ def prepare(settings: RolloutSettings, model: str, trainer: Any, stage: str) -> 
 
 
 def _asks_logprobs(settings: RolloutSettings, module: Any) -> bool:
-    if settings.flow.behavior_logprobs == "engine":
+    if settings.flow.source == "engine":
         return True
     estimator = getattr(module, "estimator", None)
     return bool(estimator is not None and estimator.needs_mismatch)

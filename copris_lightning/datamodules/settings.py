@@ -61,23 +61,62 @@ class Flow:
     """How rollouts and training take turns.
 
     Attributes:
+        mode: ``staged`` (the paper's) holds the engine while a batch is trained on; ``streaming``
+            generates meanwhile, and new weights come in flight.
+        kv: what a sync does to trajectories in flight: ``fresh`` (the paper's) computes their keys
+            and values again with the new weights; ``kept`` goes on with those that there are.
         cap: trajectories in flight, N'.
         max_staleness: largest lag of a trained token in policy versions; ``null`` for no bound,
-            0 for synchronous RL without carry-over.
+            0 for synchronous RL without carry-over. In streaming it also is what keeps the engine
+            from running ahead of the trainer.
         behavior_logprobs: ``trainer`` (the paper's) recomputes each segment's log-probs under the
-            weights that made it; ``engine`` takes those that it sampled with.
+            weights that made it; ``engine`` takes those that it sampled with; ``auto`` is the
+            trainer's where it can compute them, in ``staged`` with ``fresh``.
     """
 
+    mode: Literal["staged", "streaming"] = "staged"
+    kv: Literal["fresh", "kept"] = "fresh"
     cap: int = 64
     max_staleness: int | None = None
-    behavior_logprobs: LogprobSource = "trainer"
+    behavior_logprobs: Literal["auto"] | LogprobSource = "auto"
 
     def __post_init__(self) -> None:
+        _one_of("mode", self.mode, ("staged", "streaming"))
+        _one_of("kv", self.kv, ("fresh", "kept"))
         _at_least(1, cap=self.cap)
         if self.max_staleness is not None:
             _at_least(0, max_staleness=self.max_staleness)
-        _one_of("behavior_logprobs", self.behavior_logprobs, ("trainer", "engine"))
+        _one_of("behavior_logprobs", self.behavior_logprobs, ("auto", "trainer", "engine"))
         _check_memory(f"cap={self.cap}", self.cap)
+        if self.streams and self.max_staleness is None:
+            raise ConfigurationError(
+                "mode=streaming needs max_staleness, a bound on how far generation runs ahead of "
+                "training; set it to 1 or 2"
+            )
+        if self.behavior_logprobs == "trainer" and (self.streams or self.keeps):
+            why = "keys and values of older weights" if self.keeps else "weights that are gone"
+            setting = "kv=kept" if self.keeps else "mode=streaming"
+            raise ConfigurationError(
+                f"behavior_logprobs=trainer with {setting}: tokens are made with {why}, and "
+                "the trainer cannot compute their log-probs; set it to auto or engine"
+            )
+
+    @property
+    def streams(self) -> bool:
+        """Whether the engine generates while the trainer trains."""
+        return self.mode == "streaming"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether keys and values outlive a sync."""
+        return self.kv == "kept"
+
+    @property
+    def source(self) -> LogprobSource:
+        """Whose log-probs are the behaviour's."""
+        if self.behavior_logprobs != "auto":
+            return self.behavior_logprobs
+        return "engine" if self.streams or self.keeps else "trainer"
 
 
 @dataclass(frozen=True)

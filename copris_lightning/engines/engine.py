@@ -104,6 +104,8 @@ class EngineSpec:
         seed: of the engine's sampling.
         adapter: the LoRA adapters that syncs bring; ``None`` if they bring whole weights.
         trust_remote_code: whether to run code that the checkpoint brings along.
+        keeps: whether it will be held with its requests.
+        streams: whether it is to generate while the trainer trains.
     """
 
     model: str
@@ -113,6 +115,8 @@ class EngineSpec:
     seed: int = 0
     adapter: AdapterShape | None = None
     trust_remote_code: bool = False
+    keeps: bool = False
+    streams: bool = False
 
 
 @runtime_checkable

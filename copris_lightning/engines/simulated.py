@@ -94,6 +94,7 @@ class SimulatedEngine:
         faults: how it misbehaves.
         stream_interval: tokens to a chunk; a stream's first chunks, its last and what a hold ends
             may have fewer.
+        training_s: virtual seconds that the trainer takes for a batch.
     """
 
     def __init__(
@@ -102,13 +103,17 @@ class SimulatedEngine:
         step_time: StepTime | None = None,
         faults: Faults | None = None,
         stream_interval: int = 1,
+        training_s: float = 0.0,
     ) -> None:
+        if not 0 <= training_s < math.inf:
+            raise ConfigurationError(f"training_s={training_s} must be a number from 0 on")
         if stream_interval < 1:
             raise ConfigurationError(f"stream_interval={stream_interval} must be at least 1")
         self.lengths = lengths or LengthModel()
         self.step_time = step_time or StepTime()
         self.faults = faults or Faults()
         self.stream_interval = stream_interval
+        self.training_s = training_s
         self.tokens_made = 0
         self.is_held = True
         self._version = 0
@@ -124,7 +129,7 @@ class SimulatedEngine:
 
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         """A loop on virtual time."""
-        return VirtualClockLoop()
+        return VirtualClockLoop(self.training_s)
 
     def validate(self, spec: EngineSpec) -> None:
         """Refuse what cannot be simulated.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Protocol
 
 from copris_lightning.core.buffer import Key
-from copris_lightning.core.segments import Segment, between, label
+from copris_lightning.core.segments import Span, between
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.engines.engine import Chunk, Engine, GenerationRequest
 from copris_lightning.errors import CoprisError, EngineError
@@ -29,7 +30,7 @@ class Host(Protocol):
         ...
 
     @property
-    def is_held(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether streams end by a hold now, and none may be opened."""
         ...
 
@@ -45,6 +46,14 @@ class Host(Protocol):
 
         Returns:
             whether it is finished.
+        """
+        ...
+
+    def labelled(self, key: Key, start: int, spans: Sequence[Span]) -> None:
+        """The engine's word on who made the tokens from ``start`` on.
+
+        Raises:
+            ValueError: it cannot be.
         """
         ...
 
@@ -111,7 +120,7 @@ class Episode:
 
     async def _stream(self) -> None:
         """One request, to its end or the hold's."""
-        if self._host.is_held:
+        if self._host.has_ended:
             return  # a hold is on its way to the engine, and would end the request at once
         trajectory, task = self._trajectory, self._host.task
         request = GenerationRequest(
@@ -138,23 +147,18 @@ class Episode:
         """
         if chunk.ending not in (None, "stop", "length", "held"):
             raise EngineError(f"the engine ended the response by itself: {chunk.ending}")
-        if chunk.ending == "held" and not self._host.is_held:
+        if chunk.ending == "held" and not self._host.has_ended:
             raise EngineError("the engine was held by somebody else")
         end = self._watch.first_end(chunk.token_ids) if self._watch else None
         kept = len(chunk.token_ids) if end is None else end
         is_finished = self._host.received(self.key, chunk, kept, stops=end is not None)
         if chunk.ending is not None:
-            self._check_labels(chunk, start, received)
+            self._label(chunk, start, received)
         return is_finished or chunk.ending is not None
 
-    def _check_labels(self, chunk: Chunk, start: int, received: int) -> None:
-        """Compare the engine's word on who made which token with the labels that they bear."""
+    def _label(self, chunk: Chunk, start: int, received: int) -> None:
+        """Take the engine's word on who made which token of its stream."""
         if sum(span.length for span in chunk.spans) != received:
             raise EngineError(f"the engine sent {received} tokens, and its spans are {chunk.spans}")
-        told: list[Segment] = []
-        for span in chunk.spans:
-            label(told, Segment(span.length, span.version, span.kv_version))
-        end = self._trajectory.response_length  # what follows a stop string was not kept
-        labels = between(self._trajectory.segments, start, end)
-        if labels != between(told, 0, end - start):
-            raise EngineError(f"tokens are labelled {labels}, and the engine says {told}")
+        kept = self._trajectory.response_length - start  # without what follows a stop string
+        self._host.labelled(self.key, start, between(chunk.spans, 0, kept))

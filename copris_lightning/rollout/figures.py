@@ -45,7 +45,8 @@ class StageStats:
     """Figures of one stage.
 
     Attributes:
-        seconds: from the first request to the hold, on the loop's clock.
+        seconds: from the first request to the hold, on the loop's clock; from take to take where
+            generation goes on meanwhile.
         tokens: response tokens received.
         resent_tokens: response tokens sent again as prefix when trajectories resumed.
         carried_over: trajectories left unfinished at the end.
@@ -84,14 +85,14 @@ class Figures:
         self._before: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
 
-    def begin(self, now: float) -> None:
-        """A stage begins."""
+    def begin(self, now: float, in_flight: int) -> None:
+        """A stage begins, with so many trajectories in flight."""
         if self._restored is None:  # before the first one the buffer may be loaded
             self._restored = self._held()
         # Groups that were dropped between two stages count for the later one.
         self._before = Counter({**self._total, "groups": self._before["groups"]})
         self._start = self._last = self._end = now
-        self._in_flight, self._area = 0, 0.0
+        self._in_flight, self._area = in_flight, 0.0
 
     def observe(self, now: float, in_flight: int) -> None:
         """So many trajectories are in flight from ``now`` on."""
@@ -99,7 +100,8 @@ class Figures:
         self._last, self._in_flight = now, in_flight
 
     def end(self, now: float) -> None:
-        """The engine is held."""
+        """The batch is ready, and the engine held if it is to be."""
+        self.observe(now, self._in_flight)
         self._end = now
 
     def received(self, tokens: int, after_stop_string: int) -> None:
@@ -122,7 +124,8 @@ class Figures:
         self._total["delivered"] += tokens
         self._total["after_stop_string"] = self._dropped["after_stop_string"]
         stage, self._before = self._total - self._before, self._total.copy()
-        seconds = self._end - self._start
+        seconds, area = self._end - self._start, self._area
+        self._start, self._area = self._end, 0.0  # for those who stream
         return StageStats(
             seconds=seconds,
             tokens=stage["tokens"],
@@ -130,7 +133,7 @@ class Figures:
             carried_over=self._buffer.count(Status.CARRIED_OVER),
             ready_groups=self._buffer.ready_groups,
             dropped_groups=stage["groups"],
-            in_flight_mean=self._area / seconds if seconds > 0 else 0.0,
+            in_flight_mean=area / seconds if seconds > 0 else 0.0,
             dropped_tokens=stage["after_stop_string"],
             balance=self.balance(),
         )

@@ -4,21 +4,24 @@ All of it runs on one event loop, and every decision is made without awaiting be
 the buffer and changing it. So in flight equals the cap at every moment of a stage while work is
 left, and what a chunk brought is in the buffer before anything else can happen.
 
-Each trajectory is an :class:`Episode`, a task of its own that outlives stages: a hold ends its
-stream, and it waits for its next turn.
+Each trajectory is an :class:`Episode`, a task of its own that outlives stages: its stream goes on
+through a hold, or is ended by it and then it waits for its next turn.
+:class:`~copris_lightning.rollout.shared_engine.SharedEngine` knows which, and when there is one.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from copris_lightning.core.buffer import CarryOverBuffer, Key, Status
+from copris_lightning.core.segments import Span, between
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.engines.engine import Chunk, Engine
+from copris_lightning.engines.virtual_time import time_passes
 from copris_lightning.errors import EngineError, RolloutError
 from copris_lightning.rollout.episode import Episode
 from copris_lightning.rollout.figures import Figures, StageStats
@@ -56,6 +59,7 @@ class RolloutScheduler:
         buffer: knows which trajectory is where.
         task: the prompts, and how they are answered and scored.
         observer: called with every :class:`Event`; must not block.
+        is_alone: nobody else may generate from its first stage on until it is closed.
     """
 
     def __init__(
@@ -64,13 +68,16 @@ class RolloutScheduler:
         buffer: CarryOverBuffer,
         task: Task,
         observer: Callable[[Event], None] = lambda event: None,
+        *,
+        is_alone: bool = False,
     ) -> None:
         stop_token_ids = tuple(sorted(buffer.stop_token_ids))
         self.shared = shared
         self.buffer = buffer
         self.task = replace(task, decoding=replace(task.decoding, stop_token_ids=stop_token_ids))
         self.observer = observer
-        self.is_taking = False
+        self.is_alone = is_alone
+        self.wants_work = False
         self.figures = Figures(buffer)
         self._episodes: dict[Key, Episode] = {}
         self._streaming: set[Key] = set()
@@ -80,11 +87,13 @@ class RolloutScheduler:
         shared.join(self)
 
     async def take(self) -> tuple[list[PromptGroup], StageStats]:
-        """Generate until a batch of B complete groups is ready, hold the engine, and take it.
+        """Generate until a batch of B complete groups is ready, hold the engine unless it streams,
+        and take the batch.
 
-        Whatever way it ends, nothing is in flight afterwards and every token that the engine had
-        made is in the buffer. Rewards still being computed go on during training; a failure among
-        them is raised by the next call.
+        If it fails or is cancelled, nothing is in flight afterwards; and neither is it otherwise,
+        unless streams are kept or go on. Every token of a stream that was ended is in the buffer.
+        Rewards still being computed go on during training; a failure among them is raised by the
+        next call.
 
         Raises:
             EngineError: the engine failed; names the prompt if that was asked for.
@@ -92,38 +101,56 @@ class RolloutScheduler:
             RolloutError: the prompts are used up before the batch is full, or too many groups in
                 a row were dropped.
         """
-        assert not self.buffer.in_flight, "a stage begins with nothing in flight"
-        self.buffer.advance(self.engine.version)
-        self.buffer.settle()
-        self.figures.begin(asyncio.get_running_loop().time())
-        try:
-            self._raise_failure()
-            if not self.buffer.can_take():
-                await self.shared.begin_stage()
-                await self._until_ready()
-        except BaseException:
-            self.is_taking = False
-            with suppress(EngineError):  # what failed first says more
-                await self.shared.end_stage()
-            raise
-        await self.shared.end_stage()
+        with time_passes():
+            await self._stage()
         self._raise_failure()
         groups = self.buffer.take()
         self._emit("deliver")
         tokens = sum(t.response_length for group in groups for t in group.trajectories)
         return groups, self.figures.delivered(tokens)
 
+    async def _stage(self) -> None:
+        """From here to a batch that is ready."""
+        self.buffer.advance(max(self.shared.version, self.buffer.version))
+        self.buffer.settle()
+        if not self.wants_work:
+            self.figures.begin(asyncio.get_running_loop().time(), self.in_flight)
+        try:
+            self._raise_failure()
+            if not self.buffer.can_take():
+                await self.shared.begin_stage(self)
+                await self._until_ready()
+        except BaseException:
+            self.wants_work = False
+            with suppress(EngineError):  # what failed first says more
+                await self.shared.end_streams()
+            raise
+        await self.shared.end_stage(self)
+        self.figures.end(asyncio.get_running_loop().time())
+
     async def close(self) -> None:
         """Cancel what is still being generated or scored. The buffer keeps what it has."""
-        self.is_taking = False
+        self.wants_work = False
         await _cancel([episode.work for episode in self._episodes.values()])
         self._carry_over()
-        self.shared.leave(self)
+        await self.shared.leave(self)
+
+    async def snapshot(self) -> dict[str, Any]:
+        """The buffer and the place in the prompts, as plain values and tensors.
+
+        Streams that are open end first: what a run goes on from holds every token that was made,
+        each with its label, and whoever saved it goes on from there as well.
+        """
+        with suppress(EngineError):  # what was received is there
+            await self.shared.end_streams()
+        state = {"buffer": self.buffer.state_dict(), "prompts": self.task.prompts.state_dict()}
+        await self.shared.go_on()
+        return state
 
     async def _until_ready(self) -> None:
         self._score_restored()
         while not self.buffer.can_take():
-            self.is_taking = True
+            self.wants_work = True
             self._raise_failure()
             self.shared.fill()
             if self.shared.has_room and not self.in_flight + self.buffer.count(Status.FINISHED):
@@ -133,7 +160,7 @@ class RolloutScheduler:
                 )
             self._changed.clear()
             await self._changed.wait()
-        self.is_taking = False
+        self.wants_work = self.shared.streams and not self.is_alone
         self._raise_failure()
 
     # -- starting work ---------------------------------------------------------------------
@@ -145,7 +172,7 @@ class RolloutScheduler:
 
     def fill(self) -> None:
         """Start trajectories until the cap is reached or nothing may be started."""
-        while self.is_taking and self.shared.has_room:
+        while self.wants_work and self.shared.has_room:
             trajectory = self.buffer.next()
             if trajectory is not None:
                 self._start(trajectory)
@@ -194,9 +221,9 @@ class RolloutScheduler:
         return self.shared.engine
 
     @property
-    def is_held(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether streams end now, and none may be opened."""
-        return self.shared.is_held
+        return self.shared.has_ended
 
     def request_id(self, key: Key) -> str:
         """A name that no request had before."""
@@ -223,6 +250,16 @@ class RolloutScheduler:
             self._emit("finish", key)
         return is_finished
 
+    def labelled(self, key: Key, start: int, spans: Sequence[Span]) -> None:
+        """Keep the engine's word on who made the tokens from ``start`` on. Where no stream outlives
+        a hold it must be what they are labelled already."""
+        trajectory = self.buffer.trajectory(key)
+        before = between(trajectory.segments, start, trajectory.response_length)
+        self.buffer.relabel(key, start, spans)
+        after = between(trajectory.segments, start, trajectory.response_length)
+        if before != after and not self.shared.keeps:
+            raise EngineError(f"tokens are labelled {before}, and the engine says {after}")
+
     def left(self, key: Key) -> None:
         """An episode's stream is closed."""
         self._streaming.discard(key)
@@ -235,8 +272,8 @@ class RolloutScheduler:
         self._emit("score", key)
         if is_complete:
             self._filter(key)
-        if self.buffer.can_take():
-            self.is_taking = False  # nothing is started for a stage that is about to end
+        if self.buffer.can_take() and not self.shared.streams:
+            self.wants_work = False  # nothing is started for a stage that is about to end
         self._changed.set()
 
     def _filter(self, key: Key) -> None:
@@ -255,13 +292,14 @@ class RolloutScheduler:
     # -- what the engine's other users tell ------------------------------------------------
 
     def released(self, version: int) -> None:
-        """The engine generates again, under ``version``. (A loaded buffer may be ahead of an engine
-        that awaits its first weights.)"""
+        """Tokens to come may bear ``version``. (A loaded buffer may be ahead of an engine that
+        awaits its first weights.)"""
         self.buffer.advance(max(version, self.buffer.version))
         self._changed.set()
 
     async def settle(self, *, force: bool = False) -> None:
-        """The engine is held: have all streams read to their ends, and carry over what they hold.
+        """The engine has ended all streams: have them read to their ends, and carry over what
+        they hold.
 
         Args:
             force: cancel them instead, since they may have none.
@@ -276,7 +314,6 @@ class RolloutScheduler:
     def _carry_over(self) -> None:
         for key in self.buffer.carry_over():
             self._emit("carry_over", key)
-        self.figures.end(asyncio.get_running_loop().time())
 
     def _raise_failure(self) -> None:
         failure, self._failure = self._failure, None

@@ -53,7 +53,9 @@ class RolloutSession:
     ) -> None:
         refuse_second_run()
         self.engine = engine
-        self.shared = SharedEngine(engine, spec.max_num_seqs)
+        self.shared = SharedEngine(
+            engine, spec.max_num_seqs, keeps=spec.keeps, streams=spec.streams
+        )
         """The engine as schedulers share it; holds and releases it."""
         self._scorer = scorer
         self.decode = decode
@@ -114,6 +116,7 @@ class RolloutSession:
         name: str,
         accept: Accept | None = None,
         observer: Callable[[Event], None],
+        is_alone: bool = False,
     ) -> RolloutScheduler:
         """A scheduler on this engine; closed with the session."""
         task = Task(
@@ -126,7 +129,7 @@ class RolloutSession:
             seed=seed,
             name=name,
         )
-        scheduler = RolloutScheduler(self.shared, buffer, task, observer)
+        scheduler = RolloutScheduler(self.shared, buffer, task, observer, is_alone=is_alone)
         self._schedulers.append(scheduler)
         return scheduler
 

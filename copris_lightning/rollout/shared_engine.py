@@ -1,16 +1,31 @@
-"""An engine, and what all who generate on it share: the cap, and whether it is held."""
+"""An engine, and what all who generate on it share: the cap, its version, and whether it is held.
+
+Two decisions say what happens to streams. With ``keeps`` an engine that is held keeps them, with
+their keys and values, and they go on under newer weights; otherwise each hold ends them, and what
+they were generating goes on as a new request. With ``streams`` a batch is taken without a hold, and
+only new weights make one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from copris_lightning.engines.engine import Engine
+from copris_lightning.engines.virtual_time import all_that_takes_no_time, stand_still, training
+
+State = Literal["ended", "kept", "runs"]
+"""Held, and no stream is open; held with its streams; or not held."""
 
 
 class Tenant(Protocol):
     """Someone who generates on a shared engine."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody else may generate between its first stage and its leaving."""
+        ...
 
     @property
     def in_flight(self) -> int:
@@ -18,8 +33,8 @@ class Tenant(Protocol):
         ...
 
     @property
-    def is_taking(self) -> bool:
-        """Whether it waits for a batch."""
+    def wants_work(self) -> bool:
+        """Whether it starts trajectories where there is room."""
         ...
 
     def fill(self) -> None:
@@ -27,11 +42,11 @@ class Tenant(Protocol):
         ...
 
     def released(self, version: int) -> None:
-        """The engine generates again, under ``version``."""
+        """Tokens to come may bear ``version``."""
         ...
 
     async def settle(self, *, force: bool = False) -> None:
-        """The engine is held: wait until all its streams are read to their ends.
+        """The engine has ended all streams: wait until they are read to their ends.
 
         Args:
             force: cancel them instead, since they may have none.
@@ -45,96 +60,158 @@ class SharedEngine:
     Args:
         engine: has started, and is held.
         cap: number of trajectories that may be in flight, of all schedulers together.
+        keeps: whether streams outlive a hold.
+        streams: whether it generates between two takes, too.
     """
 
-    def __init__(self, engine: Engine, cap: int) -> None:
+    def __init__(
+        self, engine: Engine, cap: int, *, keeps: bool = False, streams: bool = False
+    ) -> None:
         self.engine = engine
         self.cap = cap
-        self.is_held = True
-        self._runs = False
-        self._awaits_release = False
+        self.keeps = keeps
+        self.streams = streams
+        self.version = engine.version
+        """Of the weights that generate, or will after the next release."""
+        self._state: State = "ended"
+        self._aim: State = "ended"
+        self._awaits_release = self._has_new_weights = False
         self._tenants: list[Tenant] = []
+        self._alone: Tenant | None = None
         self._switch = asyncio.Lock()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether streams are being ended, or have been, and none may be opened."""
+        return self._aim == "ended"
 
     @property
     def has_room(self) -> bool:
         """Whether one more trajectory may be put in flight."""
-        return not self.is_held and sum(t.in_flight for t in self._tenants) < self.cap
+        return self._aim == "runs" and sum(t.in_flight for t in self._tenants) < self.cap
 
     def join(self, tenant: Tenant) -> None:
         """One more generates on it."""
         self._tenants.append(tenant)
 
-    def leave(self, tenant: Tenant) -> None:
-        """It generates no longer."""
+    async def leave(self, tenant: Tenant) -> None:
+        """It generates no longer; what waited for it goes on."""
         self._tenants = [other for other in self._tenants if other is not tenant]
+        if self._alone is tenant:
+            self._alone = None
+            await self.go_on()
         self.fill()
 
     def fill(self) -> None:
         """Have the cap filled: those who came last go first, so an evaluation before training."""
         for tenant in reversed(self._tenants):
-            tenant.fill()
+            if self._alone in (None, tenant):
+                tenant.fill()
+
+    # -- new weights -----------------------------------------------------------------------
 
     async def hold(self) -> None:
-        """Stop generating until :meth:`release`. Every token that the engine had made is in a
-        buffer when this returns, and nothing is in flight. A cancel waits for that, too.
+        """Stop generating until :meth:`release`. A cancel waits for that, too.
+
+        Unless streams are kept, every token that the engine had made is in a buffer when this
+        returns, and nothing is in flight.
 
         Raises:
             EngineError: the engine failed.
         """
+        await training()
+        if self.streams:
+            await all_that_takes_no_time()
         self._awaits_release = True
-        await self._stop()
+        await self._stop("kept" if self.keeps else "ended")
 
     async def release(self, version: int) -> None:
-        """Generate again, under ``version``, with nothing that was computed with other weights.
+        """Generate under ``version``, at once if somebody wants it, or from the next stage on.
 
         Raises:
             EngineError: the engine failed.
         """
-        await _finish(self._release(version))
+        self.version, self._awaits_release, self._has_new_weights = version, False, True
+        for tenant in self._tenants:
+            tenant.released(version)
+        await self.go_on()
 
-    async def begin_stage(self) -> None:
-        """Let the engine run, unless it is held until a release."""
-        await _finish(self._release(None))
+    async def go_on(self) -> None:
+        """Generate, if somebody wants it: who waits for a batch or, where the engine streams, who
+        has taken one before."""
+        if any(tenant.wants_work for tenant in self._tenants):
+            await _finish(self._run())
 
-    async def end_stage(self) -> None:
-        """Hold, unless another waits for a batch: then only those who don't have stopped."""
-        was_held = self.is_held
-        await self._stop()
-        if not was_held and any(tenant.is_taking for tenant in self._tenants):
-            await self.begin_stage()
+    # -- stages ----------------------------------------------------------------------------
 
-    async def _stop(self) -> None:
-        self.is_held = True  # from this moment on nothing is started
-        await _finish(self._hold())
+    async def begin_stage(self, tenant: Tenant) -> None:
+        """Let the engine run for someone, unless it is held until a release."""
+        if self.streams:
+            stand_still()
+            await all_that_takes_no_time()
+        if tenant.is_alone and self._alone is None:
+            self._alone = tenant
+            await self._stop("ended")
+        await _finish(self._run())
 
-    async def _hold(self) -> None:
+    async def end_stage(self, tenant: Tenant) -> None:
+        """Hold, unless the engine goes on: for others who wait for a batch, without this one's
+        streams, or because it always does."""
+        if self.streams and not tenant.is_alone:
+            return
+        others = any(t.wants_work for t in self._tenants if t is not tenant)
+        ended = not self.keeps or tenant.is_alone or others
+        await self._stop("ended" if ended else "kept")
+        if others and not tenant.is_alone:
+            await _finish(self._run())
+
+    async def end_streams(self) -> None:
+        """Have every token that the engine has made in a buffer, and nothing in flight, however
+        streams are kept otherwise; :meth:`go_on`, or the next stage, lets it go on.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        if self.streams:
+            await all_that_takes_no_time()
+        await self._stop("ended")
+
+    async def _stop(self, aim: State) -> None:
+        self._aim = _less(aim, self._aim)  # from this moment on nothing is started
+        await _finish(self._hold(aim))
+
+    async def _hold(self, aim: State) -> None:
         async with self._switch:
-            self.is_held = True
-            if self._runs:
-                self._runs = False
+            aim = self._aim = _less(aim, self._state)
+            if aim != self._state:
+                self._state = aim
                 try:
-                    await self.engine.hold()
+                    await self.engine.hold(keep=aim == "kept")
                 except BaseException:
+                    self._state = self._aim = "ended"
                     await self._settle(force=True)
                     raise
-            await self._settle(force=False)
+            if aim == "ended":
+                await self._settle(force=False)
 
     async def _settle(self, *, force: bool) -> None:
         for tenant in self._tenants:
             await tenant.settle(force=force)
 
-    async def _release(self, version: int | None) -> None:
-        """``None`` to go on with the same weights, if a hold does not await others."""
+    async def _run(self) -> None:
         async with self._switch:
-            if version is None and (self._awaits_release or self._runs):
+            if self._awaits_release or self._state == "runs":
                 return
-            has_new_weights = version is not None
-            version = self.engine.version if version is None else version
-            await self.engine.release(version, clear_kv=has_new_weights)
-            self._awaits_release, self._runs, self.is_held = False, True, False
-            for tenant in self._tenants:
-                tenant.released(version)
+            clear_kv = self._has_new_weights and not self.keeps
+            await self.engine.release(self.version, clear_kv=clear_kv)
+            self._has_new_weights = False
+            self._state = self._aim = "runs"
+            self.fill()
+
+
+def _less(one: State, other: State) -> State:
+    """Of two states, the one in which less goes on."""
+    return min(one, other, key=("ended", "kept", "runs").index)
 
 
 async def _finish(work: Coroutine[Any, Any, None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Protocol
+from typing import Any, Protocol
 
 from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.engines.engine import Decoding
@@ -31,6 +31,10 @@ class PromptQueue(Protocol):
 
     def prompt(self, index: int) -> Prompt:
         """A prompt taken before, for its reward (also after a restore)."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """How far it is, as plain values."""
         ...
 
 

@@ -217,7 +217,7 @@ def test_tokens_of_a_dead_engine_are_finished_by_the_next(rollout):
     heir.prompts.taken = run.prompts.taken
     heir.buffer.load_state_dict(run.buffer.state_dict())
     heir.groups = run.groups
-    heir.sync(run.engine.version)
+    heir.sync(run.shared.version)
     assert heir.buffer.count(Status.CARRIED_OVER) > 0
     heir.stages(10)
     heir.check_all_tokens()
@@ -245,6 +245,14 @@ class ScriptedEngine(SimulatedEngine):
             yield item
 
 
+def test_labels_that_the_engine_contradicts_are_an_error_where_no_stream_outlives_a_hold(rollout):
+    run = rollout(**SMALL, engine=ScriptedEngine(Chunk((5,), (-1.0,), 1, "stop", (Span(1, 1, 0),))))
+    run.sync(1)
+    says = r"labelled .*version=1, kv_version=1.*, and the engine says .*version=1, kv_version=0"
+    with pytest.raises(EngineError, match=says):
+        run.collect()
+
+
 @pytest.mark.parametrize(
     ("script", "says"),
     [
@@ -256,7 +264,7 @@ class ScriptedEngine(SimulatedEngine):
         ([Chunk((5,), (-1.0,), 0, "stop")], r"sent 1 tokens, and its spans are \(\)"),
         (
             [Chunk((5,), (-1.0,), 0, "stop", (Span(1, 1, 0),))],
-            r"labelled .*version=0, kv_version=0.*, and the engine says .*version=1, kv_version=0",
+            "token of version 1, current is 0",
         ),
         ([Chunk((5,), (-1.0,), 0, "held", (Span(1, 0, 0),))], "was held by somebody else"),
         ([Chunk((5,), (-1.0,), 0, "abort")], "ended the response by itself: abort"),

@@ -42,7 +42,7 @@ def swap_at(run: Any, indices: set[int], ticks: int = 0) -> list[asyncio.Task[No
 
     def look(event: Any) -> None:
         if len(run.events) - 1 in indices and (not swaps or swaps[-1].done()):
-            swaps.append(run.loop.create_task(swap(run.engine.version + 1)))
+            swaps.append(run.loop.create_task(swap(run.shared.version + 1)))
 
     run.watchers.append(look)
     return swaps
@@ -79,7 +79,7 @@ def test_a_swap_at_any_event_loses_and_mislabels_nothing(rollout, interval, tick
         swaps = swap_at(run, {index}, ticks)
         take(run, swaps, 4)
         assert len(swaps) == 1
-        assert run.engine.version == 1
+        assert run.shared.version == 1
         check(run)
         run.close()
 
@@ -152,7 +152,7 @@ def test_a_balance_begins_with_what_was_restored(rollout):
     run = rollout(stream_interval=8)
     run.stages(4)
     again = rollout(stream_interval=8)
-    again.sync(run.engine.version)
+    again.sync(run.shared.version)
     again.buffer.load_state_dict(run.buffer.state_dict())
     again.prompts.taken = run.prompts.taken
     _, stats = again.collect()

@@ -30,7 +30,7 @@ def save(run):
             "buffer": run.buffer.state_dict(),
             "taken": run.prompts.taken,
             "trained": run.groups,
-            "version": run.engine.version,
+            "version": run.shared.version,
         }
     )
 
@@ -73,7 +73,7 @@ def test_killed_at_any_event_the_restored_run_trains_each_prompt_once(rollout, m
         while len(run.groups) < 12:
             groups, _ = run.collect()
             for trajectory in (t for group in groups for t in group.trajectories):
-                lag = run.engine.version - min(s.version for s in trajectory.segments)
+                lag = run.shared.version - min(s.version for s in trajectory.segments)
                 assert max_staleness is None or lag <= max_staleness
             run.sync()
         assert Counter(run.trained()) == every_prompt, f"killed at save {4 * index}"
@@ -108,7 +108,7 @@ def test_the_lag_bound_holds_over_many_restores(rollout, max_staleness):
         for _ in range(3):
             groups, _ = run.collect()
             for trajectory in (t for group in groups for t in group.trajectories):
-                lags.update(run.engine.version - s.version for s in trajectory.segments)
+                lags.update(run.shared.version - s.version for s in trajectory.segments)
             run.sync()
         run = restore(rollout(**settings), save(run))
     assert max(lags) == max_staleness

@@ -113,7 +113,7 @@ def test_a_restored_response_goes_on_looking(rollout: Any) -> None:
     run.stages(3)
     saved = copy.deepcopy(run.buffer.state_dict())
     other = coarse_rollout(rollout, 2)
-    other.sync(run.engine.version)
+    other.sync(run.shared.version)
     other.buffer.load_state_dict(saved)
     other.prompts.taken = run.prompts.taken
     run.groups.clear()

@@ -157,7 +157,7 @@ def test_no_delivered_token_lags_more_than_the_bound(rollout, max_staleness):
         groups, _ = run.collect()
         for group in groups:
             for trajectory in group.trajectories:
-                lags.update(run.engine.version - s.version for s in trajectory.segments)
+                lags.update(run.shared.version - s.version for s in trajectory.segments)
         run.sync()
     assert max(lags) == max_staleness
     run.check_conservation()
@@ -169,7 +169,7 @@ def test_without_a_bound_a_heavy_tail_lags_further(rollout):
     for _ in range(40):
         groups, _ = run.collect()
         rows = [t for g in groups for t in g.trajectories]
-        lags |= {run.engine.version - s.version for t in rows for s in t.segments}
+        lags |= {run.shared.version - s.version for t in rows for s in t.segments}
         run.sync()
     assert max(lags) > 2
 

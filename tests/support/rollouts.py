@@ -154,7 +154,7 @@ class Rollout:
 
     def sync(self, version: int | None = None) -> None:
         """New weights: the next version, or the given one."""
-        version = self.engine.version + 1 if version is None else version
+        version = self.shared.version + 1 if version is None else version
         self.run(self.swap(version))
 
     async def swap(self, version: int) -> None:
