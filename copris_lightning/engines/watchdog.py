@@ -23,7 +23,7 @@ finish, report)
 the transfer's own GPU      the collective library's                the collective library's
 copies (ipc, nccl)
 shutdown                    --                                      20 s, then killed
-**servers** (vllm_client)
+**servers** (server_client, server_http)
 questions, resume           the connection breaks                   connect_timeout_s
 generate, score, pause      the connection breaks                   stall_timeout_s
 load weights, explain       the connection breaks (a server whose   sync_timeout_s

@@ -184,12 +184,12 @@ def test_requests_go_to_the_server_with_the_fewest(synced: Connected) -> None:
 
     async def watch() -> None:
         await several(
-            engine, 8, on_chunk=lambda: seen.append([s.in_flight for s in engine._servers])
+            engine, 8, on_chunk=lambda: seen.append([s.in_flight for s in engine.servers])
         )
 
     call(watch())
     assert seen[0] == [4, 4]
-    assert [server.in_flight for server in engine._servers] == [0, 0]
+    assert [server.in_flight for server in engine.servers] == [0, 0]
 
 
 def test_seeded_requests_are_the_same_on_any_server(connect: Callable[..., Connected]) -> None:
@@ -219,7 +219,7 @@ def test_an_aborted_request_is_not_generated_any_further(
         assert all(task.cancelled() for task in tasks)
 
     call(abort_at_the_first_token())
-    assert [server.in_flight for server in engine._servers] == [0, 0]
+    assert [server.in_flight for server in engine.servers] == [0, 0]
     # So many take some seconds.
     deadline = time.monotonic() + 10
     while any(server.metric("vllm:num_requests_running") for server in servers):
@@ -235,10 +235,10 @@ def test_after_a_sync_both_servers_compute_with_the_new_weights(
     engine, call = synced
     sequences = [list(range(2, 40)), [5, 6, 7, 8, 9]]
     for version in (2, 3):
-        before = [call(server.score(sequences[0])) for server in engine._servers]
+        before = [call(server.score(sequences[0])) for server in engine.servers]
         sync(engine, call, changed(model).named_parameters(), version)
         assert engine.version == version
-        for server, old in zip(engine._servers, before, strict=True):
+        for server, old in zip(engine.servers, before, strict=True):
             new = torch.tensor(call(server.score(sequences[0])))
             assert (new - torch.tensor(old)).abs().max() > 1e-2
             assert (new - reference_logprobs(model, sequences[0], 1)).abs().max() < 1e-4
@@ -366,25 +366,25 @@ def test_a_server_that_hangs_is_left_out_until_the_next_sync(
 
     async def hang_in_the_middle() -> list[Any]:
         def hang() -> None:
-            if all(server.in_flight for server in engine._servers):
+            if all(server.in_flight for server in engine.servers):
                 servers[0].signal(signal.SIGSTOP)
 
         return await several(engine, 8, n=200, on_chunk=hang)
 
     try:
         responses = call(hang_in_the_middle())
-        assert "silent for 6 s" in (engine._servers[0].lost or "")
+        assert "silent for 6 s" in (engine.servers[0].lost or "")
         # Nobody noticed: every response is whole, and its tokens are the policy's.
         assert [(len(ids), reason) for ids, _, reason in responses] == [(200, "length")] * 8
         assert_made_by(model, responses)
         sync(engine, call, changed(model).named_parameters(), 2)
-        assert engine._servers[0].lost is not None
+        assert engine.servers[0].lost is not None
         assert_made_by(model, call(several(engine, 4)))
     finally:
         servers[0].signal(signal.SIGCONT)
     sync(engine, call, changed(model).named_parameters(), 3)
-    assert [server.lost for server in engine._servers] == [None, None]
-    for server in engine._servers:
+    assert [server.lost for server in engine.servers] == [None, None]
+    for server in engine.servers:
         tokens = list(range(2, 40))
         values = torch.tensor(call(server.score(tokens)))
         assert (values - reference_logprobs(model, tokens, 1)).abs().max() < 1e-4

@@ -18,7 +18,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer, unused_port
 
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.engines import server_client as vllm_client
+from copris_lightning.engines import server_client
 from copris_lightning.engines.engine import Chunk, Decoding, EngineSpec, GenerationRequest
 from copris_lightning.engines.server import VLLMServerEngine
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
@@ -294,10 +294,23 @@ def test_a_refused_request_loses_no_server() -> None:
         fake.broken[GENERATE] = 400
         with pytest.raises(EngineError, match=r"400: as it was told to"):
             await generate(engine)
-        assert engine._servers[0].lost is None
+        assert engine.servers[0].lost is None
 
     fake = Fake()
     run([fake], refused)
+
+
+@pytest.mark.parametrize("route", ["/update_weight_version", "/reset_prefix_cache", "/pause"])
+def test_a_server_that_fails_at_a_hold_or_a_release_is_left_out(route: str) -> None:
+    async def hold_and_release(engine: VLLMServerEngine) -> None:
+        fakes[0].broken[route] = 500
+        await engine.hold()
+        await engine.release(1)
+        assert [server.lost is None for server in engine.servers] == [False, True]
+        assert engine.version == 1
+
+    fakes = [Fake(), Fake()]
+    run(fakes, hold_and_release)
 
 
 def test_a_logprob_that_json_cannot_hold_is_not_a_number() -> None:
@@ -310,7 +323,7 @@ def test_a_dead_server_is_probed_no_more_and_the_others_take_turns() -> None:
     async def score(engine: VLLMServerEngine) -> None:
         fakes[1].broken[GENERATE] = 503
         assert await engine.score([[2, 3]] * 3) == [[-3.0]] * 3
-        assert "503" in (engine._servers[1].lost or "")
+        assert "503" in (engine.servers[1].lost or "")
         for fake in fakes:
             fake.calls.clear()
         assert await engine.score([[2, 3]] * 3) == [[-3.0]] * 3
@@ -341,11 +354,11 @@ def test_a_failed_load_is_an_error_unless_the_server_is_dead(healthy: bool) -> N
         if not healthy:
             fakes[0].broken["/health"] = 503
             await load(engine, 1)
-            assert [s.lost is None for s in engine._servers] == [False, True]
+            assert [s.lost is None for s in engine.servers] == [False, True]
             assert engine.version == 1
             fakes[0].broken.clear()
             await load(engine, 2)
-            assert [s.lost for s in engine._servers] == [None, None]
+            assert [s.lost for s in engine.servers] == [None, None]
         else:
             with pytest.raises(WeightSyncError, match="could not load the weights"):
                 await load(engine, 1)
@@ -401,7 +414,7 @@ def test_weights_and_probes_leave_no_file_behind(tmp_path: Path) -> None:
 def test_a_server_whose_engine_dies_in_a_load_is_not_waited_for(
     others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_client, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(server_client, "_LOOK_EVERY_S", 0.05)
     fakes = [Fake(silent=True), *(Fake() for _ in range(others))]
 
     async def sync(engine: VLLMServerEngine) -> None:
