@@ -75,7 +75,7 @@ class VLLMServerEngine:
         self.stall_timeout_s = stall_timeout_s
         self.sync_timeout_s = sync_timeout_s
         self._gate = Gate()
-        self._keeps = self._has_new_weights = False
+        self._keeps = False
         self._fleet: Fleet | None = None
 
     @property
@@ -209,7 +209,7 @@ class VLLMServerEngine:
     async def release(self, version: int, *, clear_kv: bool = True) -> None:
         """Let all servers generate. See :class:`Engine`."""
         await self._running().on_all(lambda server: server.release(version, clear_kv=clear_kv))
-        self._keeps = self._has_new_weights = False
+        self._keeps = False
         self._gate.open(version, clear_kv=clear_kv)
 
     def load(self) -> Load | None:
@@ -230,8 +230,7 @@ class VLLMServerEngine:
                     fleet.lose(server, error)
 
         if self._keeps:  # as in VLLMEngine
-            now = self.version + self._has_new_weights
-            await fleet.on_all(lambda server: server.release(now, clear_kv=False))
+            await fleet.on_all(lambda server: server.release(self._gate.label, clear_kv=False))
         try:
             return await all_of(one(tokens) for tokens in sequences)
         finally:
@@ -246,10 +245,8 @@ class VLLMServerEngine:
 
     async def begin_load(self) -> None:
         """Take back the servers that were lost and answer again, and get all ready."""
-        if self._gate.is_open:
-            raise WeightSyncError("new weights have come while the servers generate; hold them")
+        self._gate.renew()
         await self._running().readmit()
-        self._has_new_weights = True
         await self._running().on_all(lambda server: server.load("begin_shards"))
 
     async def load_shard(self, path: Path) -> None:
