@@ -56,11 +56,11 @@ class VLLMRequests:
 
         is_over = False
         try:
-            with self._processes.working():
+            with self._processes.silence.working():
                 while not is_over:
                     output = collector.get_nowait() or await collector.get()
                     is_over = output.finished
-                    self._processes.heard()
+                    self._processes.silence.heard()
                     yield output
         except EngineDeadError as error:
             is_over = True
