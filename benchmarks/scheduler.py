@@ -26,7 +26,9 @@ from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.engines.engine import Decoding, EngineSpec, GenerationRequest
 from copris_lightning.engines.simulated import LengthModel, SimulatedEngine, StepTime
 from copris_lightning.rollout.rewards import Prompt
-from copris_lightning.rollout.scheduler import QueuedPrompt, RolloutScheduler, trajectory_seed
+from copris_lightning.rollout.scheduler import RolloutScheduler
+from copris_lightning.rollout.shared_engine import SharedEngine
+from copris_lightning.rollout.task import QueuedPrompt, Task, trajectory_seed
 
 STOP = 0
 VOCAB = 100_000
@@ -66,8 +68,12 @@ class Setup:
         self.loop = self.engine.new_event_loop()
         spec = EngineSpec("none", in_flight, len(PROMPT) + MAX_TOKENS, VOCAB)
         self.loop.run_until_complete(self.engine.start(spec))
+        self.begin()
         self._work = [self.loop.create_task(work) for work in self.consumers()]
         self.run(2)
+
+    def begin(self) -> None:
+        """Have the engine run."""
 
     def consumers(self) -> Iterator[Coroutine[Any, Any, Any]]:
         raise NotImplementedError
@@ -90,6 +96,9 @@ class Setup:
 class EngineAlone(Setup):
     """As many requests as are to be in flight; one that ends is followed by another."""
 
+    def begin(self) -> None:
+        self.loop.run_until_complete(self.engine.release(0))
+
     def consumers(self) -> Iterator[Coroutine[Any, Any, Any]]:
         numbers = itertools.count()
         return (self._consume(numbers) for _ in range(self.in_flight))
@@ -99,7 +108,7 @@ class EngineAlone(Setup):
         for number in numbers:
             seed = trajectory_seed(0, *divmod(number, GROUP))
             request = GenerationRequest(str(number), PROMPT, MAX_TOKENS, decoding, seed)
-            async for _ in self.engine.generate(request):
+            async for _ in self.engine.stream(request):
                 pass
 
 
@@ -107,9 +116,9 @@ class WithScheduler(Setup):
     """One stage that goes on and on. Its groups are dropped, so that no more and more are held."""
 
     def consumers(self) -> Iterator[Coroutine[Any, Any, Any]]:
-        scheduler = RolloutScheduler(
-            engine=self.engine,
-            buffer=CarryOverBuffer(
+        self.scheduler = RolloutScheduler(
+            SharedEngine(self.engine, self.in_flight),
+            CarryOverBuffer(
                 limit=self.in_flight,
                 group_size=GROUP,
                 batch_groups=NEVER,
@@ -117,12 +126,13 @@ class WithScheduler(Setup):
                 stop_token_ids=(STOP,),
                 max_staleness=1,
             ),
-            prompts=Prompts(),
-            scorer=reward,
-            decode=lambda token_ids: "",
-            accept=lambda group: False,
+            Task(Prompts(), reward, lambda token_ids: "", Decoding(), accept=lambda group: False),
         )
-        yield scheduler.take()
+        yield self.scheduler.take()
+
+    def close(self) -> None:
+        self.loop.run_until_complete(self.scheduler.close())
+        super().close()
 
 
 def seconds_per_chunk(in_flight: int, chunks: int, turns: int, *, collector: bool) -> float:

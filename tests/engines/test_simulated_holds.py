@@ -36,7 +36,7 @@ def request(name: str, seed: int, response: Sequence[int] = (), limit: int = 40)
         request_id=name,
         token_ids=(10, seed, *response),
         max_new_tokens=limit - len(response),
-        decoding=Decoding(1.0, (STOP,)),
+        decoding=Decoding(stop_token_ids=(STOP,)),
         seed=seed,
     )
 
