@@ -233,7 +233,8 @@ class VLLMEngine(VLLMReceiver):
 
         async def one(tokens: Sequence[int]) -> list[float]:
             name = f"score-{next(_score_ids)}"
-            collector = await self._requests.add(llm, name, tokens_input(list(tokens)), params)
+            prompt = tokens_input(list(tokens))
+            collector = await self._requests.add(llm, name, prompt, params, self._adapter)
             async with aclosing(self._requests.read(llm, collector)) as outputs:
                 [output] = [output async for output in outputs]
             entries = output.prompt_logprobs

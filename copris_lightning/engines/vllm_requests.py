@@ -33,7 +33,7 @@ class VLLMRequests:
         self._processes = processes
 
     async def add(
-        self, llm: AsyncLLM, request_id: str, prompt: Any, params: Any, adapter: Any = None
+        self, llm: AsyncLLM, request_id: str, prompt: Any, params: Any, adapter: Any
     ) -> Any:
         """Hand a request over; when this returns, it is on its way before any later call.
 
