@@ -119,7 +119,6 @@ STILL: dict[str, int] = {
     "parameters: datamodules/prompts/dataset.py.DatasetPrompts.__init__": 9,
     "lines: engines/vllm.py": 390,
     "lines: engines/vllm_processes.py": 355,
-    "names on self: rollout/reward_worker.py.Worker": 15,
     "lines: rollout/scheduler.py": 386,
     "names on self: rollout/scheduler.py.RolloutScheduler": 19,
     "parameters: rollout/scheduler.py.RolloutScheduler.__init__": 11,

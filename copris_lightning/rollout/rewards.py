@@ -90,7 +90,7 @@ class Scoring:
     Attributes:
         reward: scores a response; see :data:`Reward`.
         workers: processes; each does one call at a time, or for an ``async`` reward any number.
-        timeout_s: limit on one call, in seconds from when a worker has it (real ones, also where
+        timeout_s: limit on one call, in seconds from when a worker begins it (real ones, also where
             the engine's clock is virtual); a worker past it is killed.
 
     Raises:
