@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from copris_lightning.rollout.channel import Channel
+from copris_lightning.rollout.printed import Printed
 
 _GONE_S = 10.0
 """How long a process that was killed may take to be gone: it may be deep in a system call."""
@@ -34,10 +35,14 @@ class ProcessGroup:
         ours.setblocking(False)
         self.channel = Channel(ours)
         watched, self._alive = os.pipe()
+        read, printed = os.pipe()
+        self.printed = Printed(read)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _RUN.format(sys.path, module, theirs.fileno(), watched)],
                 stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
                 pass_fds=(theirs.fileno(), watched),
                 start_new_session=True,
             )
@@ -47,6 +52,7 @@ class ProcessGroup:
         finally:
             theirs.close()
             os.close(watched)
+            os.close(printed)
 
     def has_ended(self) -> bool:
         """Whether the process itself is gone; what it started may hold the connection open."""
@@ -66,6 +72,7 @@ class ProcessGroup:
     def close(self) -> None:
         """Let go of a process that was killed."""
         self.channel.close()
+        self.printed.close()
         os.close(self._alive)
 
     def how_it_ended(self) -> str:

@@ -1,7 +1,7 @@
 """The thread of the trainer that looks after a reward's worker processes.
 
-It starts them, hears what they say, looks at the clock for them, and ends them. No wait for one of
-them is without end, and none holds up the others' calls for long.
+It starts them, hears what they say, shows what they print, looks at the clock for them, and ends
+them. No wait for one of them is without end, and none holds up the others' calls for long.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import threading
 import time
 from typing import Protocol
 
+from copris_lightning.rollout.printed import Console, Printed
 from copris_lightning.rollout.process_group import ProcessGroup
-from copris_lightning.rollout.reward_worker import Worker
+from copris_lightning.rollout.reward_worker import Work, Worker
 
 LOOK_S = 1.0
 """How often a busy process is looked at: what it leaves behind may hold its connection open."""
@@ -26,6 +27,7 @@ _NOW = -math.inf
 class Pool(Protocol):
     """Whose workers they are."""
 
+    work: Work
     lock: threading.RLock
     is_closed: bool
 
@@ -63,6 +65,7 @@ class Attendant:
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._selector.register(self._woken, selectors.EVENT_READ)
+        self._console = Console(pool.work.name)
         self._sleeps_until = _NOW
         self._last_event = self._next_look = _NOW
         self._thread = threading.Thread(target=self._run, name="copris-rewards", daemon=True)
@@ -97,7 +100,8 @@ class Attendant:
             self._end()
 
     def _attended(self) -> list[Worker]:
-        return [key.data for key in self._selector.get_map().values() if key.data is not None]
+        data = [key.data for key in self._selector.get_map().values()]
+        return [one for one in data if isinstance(one, Worker)]
 
     def _start_missing(self) -> None:
         with self._pool.lock:
@@ -112,6 +116,7 @@ class Attendant:
             with self._pool.lock:
                 worker = self._pool.add(process)
             self._selector.register(process.channel, selectors.EVENT_READ, worker)
+            self._selector.register(process.printed, selectors.EVENT_READ, process.printed)
 
     def _listen(self) -> None:
         """Wait for something, and act on all that has come; where nothing has, look at the clock.
@@ -130,6 +135,9 @@ class Attendant:
             if key.data is None:
                 self._woken.recv(1 << 10)
                 continue
+            if isinstance(key.data, Printed):
+                self._show(key.data)
+                continue
             if event & selectors.EVENT_WRITE:
                 with self._pool.lock:
                     key.data.flush()
@@ -138,6 +146,8 @@ class Attendant:
                 self._hear(key.data)
         if events:
             self._last_event = time.monotonic()
+        if now >= self._console.due:
+            self._console.tell()
         is_look = now >= self._next_look
         if is_look:
             self._next_look = now + LOOK_S
@@ -155,11 +165,20 @@ class Attendant:
             events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.is_behind else 0)
             self._selector.modify(worker.process.channel, events, worker)
         now = time.monotonic()
-        self._sleeps_until = min((worker.due for worker in workers), default=math.inf)
+        self._sleeps_until = min(self._console.due, *(worker.due for worker in workers), math.inf)
         # Not only while there is work: who keeps looking need not be woken for the next call.
         if any(worker.is_busy for worker in workers) or now < self._last_event + LOOK_S:
             self._sleeps_until = min(self._sleeps_until, self._next_look)
         return None if self._sleeps_until == math.inf else max(0.0, self._sleeps_until - now)
+
+    def _show(self, printed: Printed) -> None:
+        if printed not in self._selector.get_map():
+            return  # its process was forgotten meanwhile
+        lines = printed.read()
+        if lines is None:
+            self._selector.unregister(printed)
+        else:
+            self._console.show(lines)
 
     def _hear(self, worker: Worker) -> None:
         try:
@@ -184,13 +203,17 @@ class Attendant:
     def _on_death(self, worker: Worker) -> None:
         worker.process.wait(LOOK_S)
         worker.process.kill()
+        self._console.show(worker.process.printed.rest())  # it may say why
         with self._pool.lock:
             worker.on_death(worker.process.how_it_ended())
         self._forget(worker)
 
     def _forget(self, worker: Worker) -> None:
         self._selector.unregister(worker.process.channel)
+        if worker.process.printed in self._selector.get_map():
+            self._selector.unregister(worker.process.printed)
         worker.process.kill()
+        self._console.show(worker.process.printed.rest())
         with self._pool.lock:
             worker.process.close()
             self._pool.remove(worker)
@@ -205,6 +228,7 @@ class Attendant:
             process.wait(max(0.0, by - time.monotonic()))
         for worker in workers:
             self._forget(worker)
+        self._console.tell()
         self._selector.close()
         self._woken.close()
         self._waker.close()

@@ -8,6 +8,7 @@ Nothing heavy is imported here: every worker does it again.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import multiprocessing.spawn
 import numbers
@@ -16,6 +17,7 @@ import pickle
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -102,6 +104,9 @@ def run(connection_fd: int, trainer_fd: int) -> None:
         trainer_fd: of a pipe whose other end only the trainer has.
     """
     forget_own_safe_path()
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
     _leave_signals_to_the_trainer()
     threading.Thread(target=_end_with, args=(trainer_fd,), daemon=True).start()
     trainer = _Trainer(Channel(socket.socket(fileno=connection_fd)))

@@ -47,6 +47,8 @@ class with a ``__call__``.
 Whatever the engine, it runs on the main thread of a worker process, which has a copy of its own. A
 plain function or ``__call__`` is called there, one response at a time; an ``async`` one (a judge
 behind a network, say) is awaited on one event loop, any number of responses at a time.
+
+What it prints is shown on the error output; of many lines, some, and how many there were.
 """
 
 
