@@ -25,7 +25,8 @@ from copris_lightning.rollout.spawning import preparation
 
 _AHEAD = 64
 """Plain calls that a worker has at a time. It begins the next one by itself: the trainer, whose
-threads wait for Python's lock, may take tens of milliseconds to hear of an answer."""
+threads wait for Python's lock, may take tens of milliseconds to hear of an answer. One that gives
+calls back gets fewer, for a while."""
 _GRACE_S = 5.0
 """An ``async`` call is ended inside its worker; so much later, the worker is ended."""
 _ANSWER_S = 1.0
@@ -88,7 +89,8 @@ class Worker:
         self.process = process
         self.is_ready = self.is_over = False
         self._owner = owner
-        self._is_slow = self._is_deaf = False
+        self._is_deaf = False
+        self._room = _AHEAD
         self._asked: list[int] = []
         self._answer_by = time.monotonic() + work.start_s
         self._tell(READY, (preparation(work.reward), work.reward, work.is_async, work.timeout_s))
@@ -108,7 +110,7 @@ class Worker:
         """Whether it can take a call."""
         if self.is_over or self._is_deaf or not self.is_ready:
             return False
-        return self._owner.work.is_async or len(self.out) < (1 if self._is_slow else _AHEAD)
+        return self._owner.work.is_async or len(self.out) < self._room
 
     def take(self, call: Call) -> bool:
         """Have the worker do a call; false if it was found dead."""
@@ -160,13 +162,13 @@ class Worker:
             elif (call := self.out.pop(number, None)) is None:
                 pass  # nobody waits for it any more
             elif answer != GIVEN_BACK:
-                self._is_slow = False
+                self._room = min(2 * self._room, _AHEAD)
                 failure = isinstance(answer, Failure)
                 self._owner.finish(
                     call, call.failed(answer.text, answer.exception()) if failure else answer
                 )
             elif not call.future.cancelled():
-                self._is_slow = True
+                self._room = 1  # until it has answered, and little for a while
                 unbegun.append(call)
         self._time_first()
         self._owner.give_back(unbegun)
