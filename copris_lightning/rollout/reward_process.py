@@ -109,8 +109,8 @@ def run(connection_fd: int, trainer_fd: int) -> None:
         stream.reconfigure(line_buffering=True, errors="backslashreplace")
     _leave_signals_to_the_trainer()
     threading.Thread(target=_end_with, args=(trainer_fd,), daemon=True).start()
-    trainer = _Trainer(Channel(socket.socket(fileno=connection_fd)))
-    [(begun, first)] = trainer.hear()
+    other_end = _OtherEnd(Channel(socket.socket(fileno=connection_fd)))
+    [(begun, first)] = other_end.hear()
     if begun == CLOSE:
         return
     preparation, pickled, is_async, timeout_s = first
@@ -121,18 +121,18 @@ def run(connection_fd: int, trainer_fd: int) -> None:
             reward = pickle.loads(pickled)
     except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
         is_known = isinstance(error, SecondRun)
-        trainer.tell(READY, Failure(str(error)) if is_known else _raised(error))
+        other_end.tell(READY, Failure(str(error)) if is_known else _raised(error))
         return
-    trainer.tell(READY, None)
+    other_end.tell(READY, None)
     if is_async:
         import asyncio
 
-        asyncio.run(_serve_async(trainer, reward, timeout_s))
+        asyncio.run(_serve_async(other_end, reward, timeout_s))
     else:
-        _Queue(trainer).work(reward)
+        _Queue(other_end).work(reward)
 
 
-class _Trainer:
+class _OtherEnd:
     """The other end of the connection, for several threads."""
 
     def __init__(self, channel: Channel) -> None:
@@ -156,8 +156,8 @@ class _Trainer:
 class _Queue:
     """Plain calls, done one after the other. Those that wait behind a long one are given back."""
 
-    def __init__(self, trainer: _Trainer) -> None:
-        self._trainer = trainer
+    def __init__(self, other_end: _OtherEnd) -> None:
+        self._other_end = other_end
         self._waiting: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
         self._cancelled: set[int] = set()
         self._began = math.inf
@@ -169,11 +169,13 @@ class _Queue:
             self._began = time.monotonic()
             answer = GIVEN_BACK if number in self._cancelled else _outcome(reward, pair)
             self._began = math.inf
-            self._trainer.tell(number, answer)
+            self._other_end.tell(number, answer)
 
     def _read(self) -> None:
         while True:
-            for number, pair in self._trainer.hear(None if self._waiting.empty() else _PATIENCE_S):
+            for number, pair in self._other_end.hear(
+                None if self._waiting.empty() else _PATIENCE_S
+            ):
                 if number == CLOSE:
                     self._waiting.put(None)
                     return
@@ -187,7 +189,7 @@ class _Queue:
     def _give_back(self) -> None:
         with contextlib.suppress(Empty):
             while (call := self._waiting.get_nowait()) is not None:
-                self._trainer.tell(call[0], GIVEN_BACK)
+                self._other_end.tell(call[0], GIVEN_BACK)
 
 
 def _outcome(reward: Any, call: bytes) -> float | Failure:
@@ -199,7 +201,7 @@ def _outcome(reward: Any, call: bytes) -> float | Failure:
     return _verdict(value)
 
 
-async def _serve_async(trainer: _Trainer, reward: Any, timeout_s: float) -> None:
+async def _serve_async(other_end: _OtherEnd, reward: Any, timeout_s: float) -> None:
     import asyncio
 
     loop = asyncio.get_running_loop()
@@ -207,7 +209,7 @@ async def _serve_async(trainer: _Trainer, reward: Any, timeout_s: float) -> None
     ended = asyncio.Event()
 
     async def call(number: int, pair: bytes) -> None:
-        trainer.tell(number, await _awaited(reward, pair, timeout_s))
+        other_end.tell(number, await _awaited(reward, pair, timeout_s))
 
     def begin(number: int, pair: bytes | None) -> None:
         if pair is not None:
@@ -218,14 +220,14 @@ async def _serve_async(trainer: _Trainer, reward: Any, timeout_s: float) -> None
 
     def read() -> None:
         while True:
-            for number, pair in trainer.hear():
+            for number, pair in other_end.hear():
                 if number == CLOSE:
                     loop.call_soon_threadsafe(ended.set)
                     return
                 if number == BLOCKING:
                     running = asyncio.current_task(loop)
                     blocking = [n for n, task in list(tasks.items()) if task is running]
-                    trainer.tell(BLOCKING, blocking[0] if blocking else None)
+                    other_end.tell(BLOCKING, blocking[0] if blocking else None)
                 else:
                     loop.call_soon_threadsafe(begin, number, pair)
 
