@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         UncorrectedRatio,
     )
     from copris_lightning.core.sampling import Sampling
-    from copris_lightning.datamodules.prompts.dataset import DatasetPrompts
+    from copris_lightning.datamodules.prompts.dataset import Columns, DatasetPrompts
     from copris_lightning.datamodules.prompts.template import Template
     from copris_lightning.datamodules.rollout import RolloutDataModule
     from copris_lightning.datamodules.settings import BatchSize, Credit, Evaluation, Flow, Task
@@ -45,6 +45,7 @@ _HOMES = {
     "BatchSize": "datamodules.settings",
     "CispoLoss": "core.estimator.losses",
     "ClippedPolicyLoss": "core.estimator.losses",
+    "Columns": "datamodules.prompts.dataset",
     "CoprisModule": "policy.module",
     "Credit": "datamodules.settings",
     "DatasetPrompts": "datamodules.prompts.dataset",
@@ -85,6 +86,7 @@ __all__ = [
     "BatchSize",
     "CispoLoss",
     "ClippedPolicyLoss",
+    "Columns",
     "CoprisModule",
     "Credit",
     "DatasetPrompts",

@@ -12,7 +12,7 @@
     └── QuarantineError                          too many trajectories are not finite
 
 A few have kinds of their own where they are told apart: a finished run (``resume``), a stuck thread
-(``loop_thread``), a server that is lost or refuses (``vllm_client``).
+(``loop_thread``), a server that is lost or refuses (``server_http``).
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from copris_lightning.core.contents import Contents, Key, Status
-from copris_lightning.core.freshness import Freshness, needed_staleness
+from copris_lightning.core.freshness import Freshness
 from copris_lightning.core.outcome import FinishReason, Verdict
 from copris_lightning.core.segments import Span
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
@@ -352,14 +352,7 @@ class CarryOverBuffer:
         begun = [state["version"] if first is None else first for first in firsts]
         # While a batch is out, the first of them leave at the version that follows.
         leaving = state["version"] + bool(state["taken"])
-        needed = needed_staleness(begun, leaving, self.batch_groups)
-        bound = self._freshness.max_staleness
-        if bound is not None and needed > bound:
-            raise ValueError(
-                f"the saved rollout state holds {len(begun)} groups, and with "
-                f"batch_groups={self.batch_groups} the last can be trained on at lag {needed}: "
-                f"set max_staleness={bound} to at least {needed}"
-            )
+        self._freshness.check(begun, leaving, self.batch_groups)
 
     def _expect(self, key: Key, status: Status) -> None:
         assert self.status(key) is status, f"{key} is {self.status(key)}, not {status}"

@@ -21,7 +21,7 @@ taking the B oldest makes it j x B again.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from heapq import heappop, heappush
 
 from copris_lightning.core.trajectory import PromptGroup
@@ -46,6 +46,25 @@ class Freshness:
         if self.max_staleness is None:
             return True
         return outstanding < (self.max_staleness + 1) * batch_groups
+
+    def check(self, first_versions: Sequence[int], version: int, batch_groups: int) -> None:
+        """Refuse saved groups that cannot all be trained on in time.
+
+        Args:
+            first_versions: theirs.
+            version: at which the first batch of them can be taken.
+            batch_groups: how many leave at each version, B.
+
+        Raises:
+            ValueError: says which bound they need.
+        """
+        needed = needed_staleness(first_versions, version, batch_groups)
+        if self.max_staleness is not None and needed > self.max_staleness:
+            raise ValueError(
+                f"the saved rollout state holds {len(first_versions)} groups, and with "
+                f"batch_groups={batch_groups} the last can be trained on at lag {needed}: "
+                f"set max_staleness={self.max_staleness} to at least {needed}"
+            )
 
     def start(self, group: PromptGroup) -> None:
         """The group's first trajectory was started."""

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 from copris_lightning.core.segments import Span
+from copris_lightning.errors import WeightSyncError
 
 
 class Gate:
@@ -22,17 +23,24 @@ class Gate:
         version: policy version of the weights that generate now, or did before it was shut.
         endings: holds so far that ended all streams. A stream that was ended by one is one that saw
             another number when it began.
+        has_new_weights: whether its weights are those of the next version, or have begun to be.
     """
 
     def __init__(self) -> None:
         self.is_open = False
         self.version = 0
         self.endings = 0
+        self.has_new_weights = False
         self._clears = [0]
         self._waiting: set[asyncio.Future[None]] = set()
         self._passing = 0
         self._passed = asyncio.Event()
         self._passed.set()
+
+    @property
+    def label(self) -> int:
+        """Version of what is made now, shut or not: it rises by one with each sync."""
+        return self.version + self.has_new_weights
 
     @asynccontextmanager
     async def passing(self, endings: int) -> AsyncIterator[bool]:
@@ -75,6 +83,16 @@ class Gate:
             self.endings += 1
             self._wake()
 
+    def renew(self) -> None:
+        """New weights are about to come.
+
+        Raises:
+            WeightSyncError: it is open.
+        """
+        if self.is_open:
+            raise WeightSyncError("new weights have come while the engine generates; hold it first")
+        self.has_new_weights = True
+
     def open(self, version: int, *, clear_kv: bool) -> None:
         """Let requests pass.
 
@@ -82,7 +100,7 @@ class Gate:
             version: of the weights that generate from now on.
             clear_kv: whether keys and values computed before are gone.
         """
-        self.version = version
+        self.version, self.has_new_weights = version, False
         if clear_kv and version > self._clears[-1]:
             self._clears.append(version)
         self.is_open = True

@@ -3,38 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import math
-import os
 import resource
-import tempfile
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
-
-import aiohttp
 
 from copris_lightning.core.segments import Span
 from copris_lightning.engines.engine import Chunk, Ending, EngineSpec, GenerationRequest, Load
 from copris_lightning.engines.gate import Gate
-from copris_lightning.engines.server_client import (
-    LostError,
-    RefusedError,
-    ServerFacts,
-    Timeouts,
-    VLLMServer,
-)
+from copris_lightning.engines.server_client import VLLMServer
+from copris_lightning.engines.server_fleet import Fleet, all_of
+from copris_lightning.engines.server_http import LostError, RefusedError, Timeouts
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-from copris_lightning.weights.files import FilesTransport, check_hand_over, hand_over_prefix
+from copris_lightning.weights.files import FilesTransport, check_hand_over
 from copris_lightning.weights.transport import Run, Transport
-
-T = TypeVar("T")
-
-API_KEY_VARIABLE = "VLLM_API_KEY"
-"""Holds the servers' key, if they ask for one; vLLM's servers read it from there, too."""
 
 _OTHER_FILES = 256
 """Files that a trainer has open besides one connection per trajectory in flight, at most."""
@@ -89,16 +75,18 @@ class VLLMServerEngine:
         self.stall_timeout_s = stall_timeout_s
         self.sync_timeout_s = sync_timeout_s
         self._gate = Gate()
-        self._keeps = self._has_new_weights = False
-        self._turn = itertools.count()
-        self._spec: EngineSpec | None = None
-        self._http: aiohttp.ClientSession | None = None
-        self._servers: list[VLLMServer] = []
+        self._keeps = False
+        self._fleet: Fleet | None = None
 
     @property
     def version(self) -> int:
         """Policy version of the weights that generate now."""
         return self._gate.version
+
+    @property
+    def servers(self) -> list[VLLMServer]:
+        """All of them in the order of ``urls``, the lost ones too; none before the start."""
+        return [] if self._fleet is None else list(self._fleet.servers)
 
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         """An ordinary asyncio loop."""
@@ -139,18 +127,10 @@ class VLLMServerEngine:
             ConfigurationError: names the server, what is wrong with it and what to do.
         """
         self.validate(spec)
-        self._spec = spec
-        key = os.environ.get(API_KEY_VARIABLE)
-        self._http = aiohttp.ClientSession(
-            # A connection per request: one kept open may be closed just as it is used again.
-            connector=aiohttp.TCPConnector(limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None, connect=self.connect_timeout_s),
-            headers={"Authorization": f"Bearer {key}"} if key else None,
-        )
         timeouts = Timeouts(self.connect_timeout_s, self.stall_timeout_s, self.sync_timeout_s)
-        self._servers = [VLLMServer(url, self._http, timeouts) for url in self.urls]
+        self._fleet = Fleet(self.urls, timeouts, spec, self.sync_directory)
         try:
-            facts = await _all(self._admit(server) for server in self._servers)
+            facts = await self._fleet.admit()
         except BaseException:
             await self.close()
             raise
@@ -173,7 +153,8 @@ class VLLMServerEngine:
                 if not may_pass:
                     yield Chunk((), nothing, self.version, "held", spans)
                     return
-                server, started = min(self._live(), key=lambda live: live.in_flight), self.version
+                fleet, started = self._running(), self.version
+                server = fleet.idlest()
                 pieces = server.generate(self._body(request, tokens))
             try:
                 async with aclosing(pieces):
@@ -193,7 +174,7 @@ class VLLMServerEngine:
                         )
                 return
             except (LostError, RefusedError) as error:
-                self._lose(server, error)
+                fleet.lose(server, error)
                 spans += self._gate.spans(started, [(len(tokens) - begun, started)])
 
     def _body(self, request: GenerationRequest, tokens: list[int]) -> dict[str, Any]:
@@ -219,51 +200,42 @@ class VLLMServerEngine:
 
     async def hold(self, *, keep: bool = False) -> None:
         """Stop all servers. See :class:`Engine`."""
+        fleet = self._running()
         await self._gate.shut(keep=keep)
         self._keeps = keep
-
-        async def one(server: VLLMServer) -> None:
-            try:
-                await server.hold(keep=keep)
-            except (LostError, RefusedError) as error:
-                self._lose(server, error)
-
         # A sync may take servers back, even if none is left now.
-        await _all(one(server) for server in self._servers if server.lost is None)
+        await fleet.each(lambda server: server.hold(keep=keep))
 
     async def release(self, version: int, *, clear_kv: bool = True) -> None:
         """Let all servers generate. See :class:`Engine`."""
-        await self._on_all(lambda server: server.release(version, clear_kv=clear_kv))
-        self._keeps = self._has_new_weights = False
+        await self._running().on_all(lambda server: server.release(version, clear_kv=clear_kv))
+        self._keeps = False
         self._gate.open(version, clear_kv=clear_kv)
 
     def load(self) -> Load | None:
         """Counted here, over the servers in use."""
-        live = [server for server in self._servers if server.lost is None]
-        running = sum(min(server.in_flight, server.max_num_seqs) for server in live)
-        return Load(running, sum(server.in_flight for server in live) - running)
+        return None if self._fleet is None else self._fleet.load()
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
         """Log-probs of the model's own distribution by the servers' prefill. They take turns, so
         that each is probed sooner or later. See :class:`Engine`."""
+        fleet = self._running()
 
         async def one(tokens: Sequence[int]) -> list[float]:
             while True:
-                live = self._live()
-                server = live[next(self._turn) % len(live)]
+                server = fleet.next()
                 try:
                     return await server.score(tokens)
                 except (LostError, RefusedError) as error:
-                    self._lose(server, error)
+                    fleet.lose(server, error)
 
         if self._keeps:  # as in VLLMEngine
-            now = self.version + self._has_new_weights
-            await self._on_all(lambda server: server.release(now, clear_kv=False))
+            await fleet.on_all(lambda server: server.release(self._gate.label, clear_kv=False))
         try:
-            return await _all(one(tokens) for tokens in sequences)
+            return await all_of(one(tokens) for tokens in sequences)
         finally:
             if self._keeps:
-                await self._on_all(lambda server: server.hold(keep=True))
+                await fleet.on_all(lambda server: server.hold(keep=True))
 
     # -- weights: see :class:`copris_lightning.weights.transport.Receiver` -------------------
 
@@ -273,15 +245,13 @@ class VLLMServerEngine:
 
     async def begin_load(self) -> None:
         """Take back the servers that were lost and answer again, and get all ready."""
-        if self._gate.is_open:
-            raise WeightSyncError("new weights have come while the servers generate; hold them")
-        await _all(self._readmit(server) for server in self._servers if server.lost is not None)
-        self._has_new_weights = True
-        await self._on_all(lambda server: server.load("begin_shards"))
+        self._gate.renew()
+        await self._running().readmit()
+        await self._running().on_all(lambda server: server.load("begin_shards"))
 
     async def load_shard(self, path: Path) -> None:
         """Have all servers load a file."""
-        await self._on_all(lambda server: server.load("load_shard", str(path)))
+        await self._running().on_all(lambda server: server.load("load_shard", str(path)))
 
     async def end_load(self) -> None:
         """Have them say what arrived.
@@ -289,7 +259,7 @@ class VLLMServerEngine:
         Raises:
             WeightSyncError: not what was sent.
         """
-        await self._on_all(lambda server: server.end_load())
+        await self._running().on_all(lambda server: server.end_load())
 
     async def load_adapter(self, folder: Path) -> None:
         """Refused by :meth:`validate` already."""
@@ -302,7 +272,7 @@ class VLLMServerEngine:
         async def one(server: VLLMServer) -> None:
             answers.append(f"{server.url}: {await server.explain([str(p) for p in paths])}")
 
-        await self._on_all(one)
+        await self._running().on_all(one)
         return "; ".join(sorted(answers))
 
     def kill(self) -> None:
@@ -310,101 +280,11 @@ class VLLMServerEngine:
 
     async def close(self) -> None:
         """Close the connections; the servers go on."""
-        http, self._http = self._http, None
-        self._servers = []
-        if http is not None:
-            await http.close()
+        fleet, self._fleet = self._fleet, None
+        if fleet is not None:
+            await fleet.close()
 
-    # -- servers come and go ---------------------------------------------------------------
-
-    async def _admit(self, server: VLLMServer) -> ServerFacts:
-        """Take a server into use.
-
-        Raises:
-            ConfigurationError: it does not answer, or is not what the run needs.
-        """
-        assert self._spec is not None
-        name = f"urls: {server.url}"
-        parent, prefix = os.path.split(hand_over_prefix(self.sync_directory))
-        port = urlsplit(server.url).port or 80
-        code = " --trust-remote-code" if self._spec.trust_remote_code else ""
-        start = f"start it with `copris serve --model {self._spec.model} --port {port}{code}`"
-        try:
-            with tempfile.NamedTemporaryFile(prefix=prefix, dir=parent) as file:
-                facts = await server.facts(file.name)
-        except LostError as error:
-            raise ConfigurationError(f"{name} does not answer; {start} ({error})") from error
-        except RefusedError as error:
-            cure = f"set {API_KEY_VARIABLE} to its key" if error.status == 401 else start
-            raise ConfigurationError(f"{name} refuses a request; {cure} ({error})") from error
-        except (LookupError, TypeError, ValueError) as error:
-            raise ConfigurationError(f"{name} is no vLLM server; {start}") from error
-        if not facts.sees_file:
-            raise ConfigurationError(
-                f"sync_directory={self.sync_directory!r}: {server.url} does not see {file.name}, "
-                "which was just written; name a directory that trainer and servers share"
-            )
-        problem = _problem(facts, self._spec)
-        if problem is not None:
-            raise ConfigurationError(f"{name} {problem}; {start}")
-        server.lost = None
-        return facts
-
-    async def _readmit(self, server: VLLMServer) -> None:
-        try:
-            await self._admit(server)
-        except ConfigurationError as error:
-            server.lost = str(error)
-        else:
-            _log.warning(f"{server.url} is back")
-
-    def _lose(self, server: VLLMServer, error: LostError | RefusedError) -> None:
-        """Go on without a server that is lost or broken; raise what is a request's own fault."""
-        if isinstance(error, RefusedError) and error.status < 500:
-            raise error
-        if server.lost is None:
-            server.lost = str(error)
-            _log.warning(f"going on without a server: {error}")
-
-    def _live(self) -> list[VLLMServer]:
-        """The servers in use: at least one."""
-        live = [server for server in self._servers if server.lost is None]
-        if not live:
-            reasons = "; ".join(server.lost or "" for server in self._servers) or "not started"
-            raise EngineError(f"no server of engine.urls={self.urls} is left: {reasons}")
-        return live
-
-    async def _on_all(self, work: Callable[[VLLMServer], Awaitable[Any]]) -> None:
-        """Do something on all servers in use; at least one must live through it."""
-
-        async def one(server: VLLMServer) -> None:
-            try:
-                await work(server)
-            except LostError as error:
-                self._lose(server, error)
-
-        await _all(one(server) for server in self._live())
-        self._live()
-
-
-def _problem(facts: ServerFacts, spec: EngineSpec) -> str | None:
-    """What keeps a server from being the engine of a run."""
-    if not facts.models & {spec.model, os.path.realpath(spec.model)}:
-        return f"serves {sorted(facts.models)}, not model={spec.model!r}"
-    if facts.max_model_len < spec.max_model_len:
-        return (
-            f"takes {facts.max_model_len} tokens, {spec.max_model_len} are needed for "
-            "task.max_prompt_tokens and task.sampling.max_new_tokens (--max-model-len)"
-        )
-    if facts.logprobs_mode != "processed_logprobs":
-        return f"returns {facts.logprobs_mode}, not those of the sampled distribution"
-    return None
-
-
-async def _all(work: Iterable[Awaitable[T]]) -> list[T]:
-    """The results of all, once the last has ended; raises the first error if there is one."""
-    results: list[Any] = await asyncio.gather(*work, return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException):
-            raise result
-    return results
+    def _running(self) -> Fleet:
+        if self._fleet is None:
+            raise EngineError("the servers have not been contacted: the engine is not running")
+        return self._fleet

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import aiohttp
-
 from copris_lightning.core.sampling import Sampling
+from copris_lightning.engines.server_http import LostError, RefusedError, ServerHTTP
 from copris_lightning.errors import EngineError, WeightSyncError
 from copris_lightning.weights.arrival import fault
 
@@ -25,37 +23,6 @@ _ON_THE_WAY_S = 0.1
 """How long responses may take to end, once the server has ended them, in seconds."""
 _LEAST_LOGPROB = -9999.0
 """What a server sends for log-probs that JSON cannot hold."""
-
-
-class LostError(EngineError):
-    """A server does not answer any more."""
-
-
-class RefusedError(EngineError):
-    """A server answered with an error.
-
-    Attributes:
-        status: of HTTP.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
-
-
-@dataclass(frozen=True, slots=True)
-class Timeouts:
-    """How long to wait for a server, in seconds.
-
-    Attributes:
-        connect_s: for a connection, and for answers that take no work.
-        stall_s: for anything at all, while it has work.
-        sync_s: for it to load weights.
-    """
-
-    connect_s: float
-    stall_s: float
-    sync_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,22 +68,19 @@ class VLLMServer:
     :class:`RefusedError` when it answers with an error.
 
     Args:
-        url: without a slash at its end.
-        http: opens the connections; its own limits must not be tighter than ``timeouts``.
-        timeouts: how long to wait.
+        http: reaches it.
 
     Attributes:
+        url: its own.
         lost: why it is not in use; ``None`` while it is.
         max_num_seqs: responses that it generates at once; 0 before it was asked.
     """
 
-    def __init__(self, url: str, http: aiohttp.ClientSession, timeouts: Timeouts) -> None:
-        self.url = url
+    def __init__(self, http: ServerHTTP) -> None:
+        self.url = http.url
         self.lost: str | None = "not contacted yet"
         self.max_num_seqs = 0
         self._http = http
-        self._timeouts = timeouts
-        self._heard = 0.0
         self._reading: set[asyncio.Task[None]] = set()
 
     @property
@@ -126,11 +90,11 @@ class VLLMServer:
 
     async def facts(self, path: str) -> ServerFacts:
         """How it was started, and whether it sees a file; also sees to it that it generates."""
-        cards = (await self._ask("GET", "/v1/models"))["data"]
+        cards = (await self._http.ask("GET", "/v1/models"))["data"]
         workers = await self.rpc("describe", path)
         # A trainer that was killed may have left it paused, or with requests.
         await self._pause(keep=False)
-        await self._ask("POST", "/resume")
+        await self._http.ask("POST", "/resume")
         await self.score((0, 0))
         self.max_num_seqs = workers[0]["max_num_seqs"]
         return ServerFacts(
@@ -153,8 +117,6 @@ class VLLMServer:
                 ``sampling_params``, ``cache_salt``.
         """
         pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        if not self._reading:
-            self._heard = asyncio.get_running_loop().time()
         reading = asyncio.create_task(self._read_into(pieces, body))
         self._reading.add(reading)
         reading.add_done_callback(self._reading.discard)
@@ -180,10 +142,9 @@ class VLLMServer:
         self, pieces: asyncio.Queue[Piece | Exception], body: dict[str, Any]
     ) -> None:
         try:
-            async with aclosing(self._events({**body, "stream": True})) as events:
+            events = self._http.events(_GENERATE, {**body, "stream": True})
+            async with aclosing(events):
                 async for event in events:
-                    if "error" in event:
-                        raise self._refused(event["error"]["code"], event["error"]["message"])
                     piece = _piece(event["choices"][0])
                     pieces.put_nowait(piece)
                     if piece.reason is not None:
@@ -201,21 +162,21 @@ class VLLMServer:
             _, left = await asyncio.wait(set(self._reading), timeout=_ON_THE_WAY_S)
             if left:  # one was still on its way there
                 await self._pause(keep=False)
-        await self._ask("POST", "/resume")
+        await self._http.ask("POST", "/resume")
 
     async def release(self, version: int, *, clear_kv: bool) -> None:
         """Generate, under a version."""
         body = {"new_version": str(version)}
-        await self._ask("POST", "/update_weight_version", body)
+        await self._http.ask("POST", "/update_weight_version", body)
         if clear_kv:
-            answer = await self._ask("POST", "/reset_prefix_cache?reset_running_requests=true")
+            answer = await self._http.ask("POST", "/reset_prefix_cache?reset_running_requests=true")
             if not answer["success"]:
                 raise EngineError(f"{self.url} did not drop the prefixes of the old weights")
-        await self._ask("POST", "/resume")
+        await self._http.ask("POST", "/resume")
 
     async def _pause(self, *, keep: bool) -> None:
         route = f"/pause?mode={'keep' if keep else 'abort'}&clear_cache=false"
-        await self._ask("POST", route, timeout_s=self._timeouts.stall_s)
+        await self._http.ask("POST", route, timeout_s=self._http.timeouts.stall_s)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs under the model's own distribution of the tokens after the first."""
@@ -227,7 +188,9 @@ class VLLMServer:
             "skip_reading_prefix_cache": True,
         }
         body = {"token_ids": token_ids, "sampling_params": params}
-        answer = await self._ask("POST", _GENERATE, body, timeout_s=self._timeouts.stall_s)
+        answer = await self._http.ask(
+            "POST", _GENERATE, body, timeout_s=self._http.timeouts.stall_s
+        )
         entries = answer["prompt_logprobs"]
         return [_logprob(entries[i][str(token_ids[i])]) for i in range(1, len(token_ids))]
 
@@ -240,7 +203,7 @@ class VLLMServer:
             WeightSyncError: it answers, but could not.
         """
         try:
-            return await self.rpc(method, *args, timeout_s=self._timeouts.sync_s)
+            return await self.rpc(method, *args, timeout_s=self._http.timeouts.sync_s)
         except RefusedError as error:
             if not await self._lives():
                 raise LostError(f"{self.url}: its engine died ({error})") from error
@@ -258,13 +221,13 @@ class VLLMServer:
 
     async def explain(self, paths: Sequence[str]) -> str:
         """Which parts of its model do not compute with the weights of these files."""
-        answers = await self.rpc("explain_mismatch", paths, timeout_s=self._timeouts.sync_s)
+        answers = await self.rpc("explain_mismatch", paths, timeout_s=self._http.timeouts.sync_s)
         return "; ".join(dict.fromkeys(answers))
 
     async def _lives(self) -> bool:
         """Whether it says that its engine lives; one that takes its time is given it."""
         try:
-            await self._ask("GET", "/health")
+            await self._http.ask("GET", "/health")
         except RefusedError:
             return False
         except LostError as error:
@@ -292,95 +255,14 @@ class VLLMServer:
             if not task.cancelled():
                 task.exception()  # seen
 
-    # -- HTTP ------------------------------------------------------------------------------
-
     async def rpc(self, method: str, *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Each worker's result of a method of the worker extension."""
         body = {"method": method, "args": args}
         answer = await self._while_it_lives(
-            self._ask("POST", "/collective_rpc", body, timeout_s=timeout_s)
+            self._http.ask("POST", "/collective_rpc", body, timeout_s=timeout_s)
         )
         results: list[Any] = answer["results"]
         return results
-
-    async def _ask(
-        self,
-        method: str,
-        route: str,
-        body: dict[str, Any] | None = None,
-        *,
-        timeout_s: float | None = None,
-    ) -> Any:
-        """The JSON that a request is answered with, or ``None`` for an empty answer."""
-        timeout_s = timeout_s or self._timeouts.connect_s
-        try:
-            async with (
-                asyncio.timeout(timeout_s),
-                self._http.request(method, self.url + route, json=body) as response,
-            ):
-                text = await response.text()
-        except aiohttp.ClientError as error:
-            raise self._lost(error) from error
-        except TimeoutError as error:
-            raise LostError(f"{self.url} did not answer {route} in {timeout_s:g} s") from error
-        if response.status >= 400:
-            raise self._refused(response.status, text)
-        return json.loads(text) if text else None
-
-    async def _events(self, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-        """The server-sent events of a response. Leaving closes the connection: that aborts it."""
-        try:
-            async with asyncio.timeout(self._timeouts.stall_s):
-                response = await self._http.post(self.url + _GENERATE, json=body)
-            try:
-                if response.status >= 400:
-                    async with asyncio.timeout(self._timeouts.connect_s):
-                        raise self._refused(response.status, await response.text())
-                rest = b""
-                while data := await self._read(response.content):
-                    *events, rest = (rest + data).split(b"\n\n")
-                    for event in events:
-                        if event == b"data: [DONE]":
-                            return
-                        yield json.loads(event.removeprefix(b"data: "))
-            finally:
-                response.close()
-        except aiohttp.ClientError as error:
-            raise self._lost(error) from error
-        except TimeoutError as error:
-            raise LostError(f"{self.url} was silent for {self._timeouts.stall_s:g} s") from error
-
-    async def _read(self, content: aiohttp.StreamReader) -> bytes:
-        """The next bytes of a response, however long that takes while the server sends others.
-
-        Raises:
-            TimeoutError: it has been silent on all of them.
-        """
-        loop = asyncio.get_running_loop()
-        while True:
-            try:
-                async with asyncio.timeout_at(self._heard + self._timeouts.stall_s):
-                    data = await content.readany()  # loses nothing when cancelled
-            except TimeoutError:
-                if loop.time() >= self._heard + self._timeouts.stall_s:
-                    raise
-            else:
-                self._heard = loop.time()
-                return data
-
-    def _refused(self, status: int, message: str) -> RefusedError:
-        return RefusedError(status, f"{self.url} answers {status}: {_plain(message)}")
-
-    def _lost(self, error: aiohttp.ClientError) -> LostError:
-        return LostError(f"{self.url}: {str(error) or type(error).__name__}")
-
-
-def _plain(message: str) -> str:
-    """An error's own words, without the JSON that vLLM puts around them."""
-    try:
-        return str(json.loads(message)["error"]["message"])
-    except (ValueError, LookupError, TypeError):
-        return message
 
 
 def _piece(choice: dict[str, Any]) -> Piece:

@@ -8,13 +8,11 @@ import itertools
 import os
 from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from copris_lightning.engines.engine import Chunk, Ending, EngineSpec, GenerationRequest, Load
-from copris_lightning.engines.gate import Gate
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest, Load
 from copris_lightning.engines.vllm_arguments import (
     adapter_arguments,
     check_adapter,
@@ -23,11 +21,12 @@ from copris_lightning.engines.vllm_arguments import (
     sampling_params,
     scoring_params,
 )
+from copris_lightning.engines.vllm_holds import VLLMHolds
 from copris_lightning.engines.vllm_processes import VLLMProcesses
 from copris_lightning.engines.vllm_receiver import VLLMReceiver
 from copris_lightning.engines.vllm_requests import VLLMRequests, as_chunk
 from copris_lightning.engines.watchdog import Deadlines
-from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
+from copris_lightning.errors import ConfigurationError, EngineError
 from copris_lightning.search_path import SAFE_PATH, SET_HERE
 from copris_lightning.weights.files import FilesTransport, check_hand_over, hand_over_prefix
 from copris_lightning.weights.transport import Run, Transport
@@ -103,14 +102,13 @@ class VLLMEngine(VLLMReceiver):
         self._llm: AsyncLLM | None = None
         self._processes = VLLMProcesses(deadlines, hand_over_prefix(sync_directory))
         self._requests = VLLMRequests(self._processes)
-        self._gate = Gate()
-        self._state = _State()
+        self._holds = VLLMHolds(self._processes, sleep_level)
         refuse_own(self.engine_args)
 
     @property
     def version(self) -> int:
         """Policy version of the weights that generate now."""
-        return self._gate.version
+        return self._holds.gate.version
 
     @property
     def dtype(self) -> str | None:
@@ -173,7 +171,7 @@ class VLLMEngine(VLLMReceiver):
         }
         if self.backend != "files":
             arguments["weight_transfer_config"] = {"backend": self.backend}
-        self._gate, self._state, self._adapter = Gate(), _State(), None
+        self._holds, self._adapter = VLLMHolds(self._processes, self.sleep_level), None
         try:
             self._llm = await self._processes.boot(arguments, self.environment)
         except BaseException:
@@ -185,27 +183,29 @@ class VLLMEngine(VLLMReceiver):
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one response. See :class:`Engine`."""
         params = sampling_params(request, own_seed=self.request_seeds)
-        endings, nothing = self._gate.endings, () if request.decoding.logprobs else None
-        ending: Ending | None = None
+        gate, ending = self._holds.gate, None
+        nothing = () if request.decoding.logprobs else None
         # Closed here, not when it is collected: a request that nobody reads any more is aborted
         # before this returns.
-        outputs = self._outputs(request.token_ids, params, request.request_id, endings)
+        outputs = self._outputs(request.token_ids, params, request.request_id)
         async with aclosing(outputs) as parts:
             async for output, started in parts:
-                chunk = as_chunk(output, started, self._gate, logprobs=nothing is not None)
+                chunk = as_chunk(output, started, gate, logprobs=nothing is not None)
                 ending = chunk.ending
                 yield chunk
         if ending is None:  # it was never admitted
             yield Chunk((), nothing, self.version, "held")
 
     async def _outputs(
-        self, token_ids: Sequence[int], params: Any, request_id: str, endings: int
+        self, token_ids: Sequence[int], params: Any, request_id: str
     ) -> AsyncGenerator[tuple[Any, int], None]:
         """vLLM's outputs for a request and the version it went in under; none if a hold ended it
         before it went in."""
         from vllm.inputs import tokens_input
 
-        async with self._gate.passing(endings) as may_pass:
+        gate = self._holds.gate
+        endings = gate.endings
+        async with gate.passing(endings) as may_pass:
             if not may_pass:
                 return
             llm, started = await self._running(), self.version
@@ -213,7 +213,7 @@ class VLLMEngine(VLLMReceiver):
             prompt = tokens_input(list(token_ids), cache_salt=str(started))
             collector = await self._requests.add(llm, request_id, prompt, params, self._adapter)
         async for output in self._requests.read(llm, collector):
-            if output.outputs[0].finish_reason == "abort" and endings == self._gate.endings:
+            if output.outputs[0].finish_reason == "abort" and endings == gate.endings:
                 raise await self._processes.death(
                     "it ended its requests by itself, as it does when a signal tells its core to "
                     "stop"
@@ -233,7 +233,8 @@ class VLLMEngine(VLLMReceiver):
 
         async def one(tokens: Sequence[int]) -> list[float]:
             name = f"score-{next(_score_ids)}"
-            collector = await self._requests.add(llm, name, tokens_input(list(tokens)), params)
+            prompt = tokens_input(list(tokens))
+            collector = await self._requests.add(llm, name, prompt, params, self._adapter)
             async with aclosing(self._requests.read(llm, collector)) as outputs:
                 [output] = [output async for output in outputs]
             entries = output.prompt_logprobs
@@ -241,16 +242,8 @@ class VLLMEngine(VLLMReceiver):
                 raise EngineError(f"{name} was ended before it had been computed")
             return [entries[j][tokens[j]].logprob for j in range(1, len(tokens))]
 
-        await self._wake(["weights", "kv_cache"])
-        if self._state.keeps:
-            # The policy version rises by one with each sync.
-            await self._label(llm, self.version + self._state.has_new_weights)
-            await self._call(llm.resume_generation(), "go on")
-        try:
+        async with self._holds.computing(llm):
             return await asyncio.gather(*map(one, sequences))
-        finally:
-            if self._state.keeps:
-                await self._pause(llm, keep=True)
 
     def load(self) -> Load | None:
         """Counted here: vLLM's own statistics cost time for every token."""
@@ -273,18 +266,7 @@ class VLLMEngine(VLLMReceiver):
                 f"engine.sleep_level={self.sleep_level} gives the memory away in which "
                 "requests would be kept; leave it out"
             )
-        llm = await self._running()
-        await self._gate.shut(keep=keep)
-        if llm.get_num_unfinished_requests() or self._state.keeps:
-            # Every request has gone in, so that vLLM ends, or freezes, all there are.
-            await self._pause(llm, keep=keep)
-        self._state.keeps = keep and llm.get_num_unfinished_requests() > 0
-        if not self._state.keeps:
-            # Nothing is left to run, and nothing comes through the gate; what scores may.
-            await self._call(llm.resume_generation(), "go on")
-        if self.sleep_level is not None and not self._state.asleep:
-            await self._call(llm.sleep(self.sleep_level), "sleep")
-            self._state.asleep = {"weights", "kv_cache"}
+        await self._holds.hold(await self._running(), keep=keep)
 
     async def release(self, version: int, *, clear_kv: bool = True) -> None:
         """Generate again. See :class:`Engine`.
@@ -292,45 +274,7 @@ class VLLMEngine(VLLMReceiver):
         Raises:
             EngineError: ``sleep_level=2`` threw the weights away, and none have come since.
         """
-        llm = await self._running()
-        await self._wake(["weights", "kv_cache"])
-        await self._label(llm, version)
-        if clear_kv:
-            # What was kept is computed again.
-            drop = llm.reset_prefix_cache(reset_running_requests=self._state.keeps)
-            if not await self._call(drop, "drop its prefixes"):
-                raise EngineError("vLLM did not drop the prefixes computed with the old weights")
-        if self._state.keeps:
-            await self._call(llm.resume_generation(), "go on")
-        self._state.keeps = self._state.has_new_weights = False
-        self._gate.open(version, clear_kv=clear_kv)
-
-    async def _pause(self, llm: AsyncLLM, *, keep: bool) -> None:
-        pause = llm.pause_generation(mode="keep" if keep else "abort", clear_cache=False)
-        await self._call(pause, "pause")
-
-    async def _label(self, llm: AsyncLLM, version: int) -> None:
-        """Have what is made from now on bear a version; nothing is being made."""
-        await self._call(llm.update_weight_version(str(version)), "note the version")
-
-    async def _wake(self, parts: list[str], *, for_weights: bool = False) -> None:
-        """Take memory back.
-
-        Args:
-            parts: of ``weights`` and ``kv_cache``.
-            for_weights: new ones are about to be written.
-
-        Raises:
-            EngineError: there would be no weights in it.
-        """
-        asleep = [part for part in parts if part in self._state.asleep]
-        if self.sleep_level == 2 and "weights" in asleep and not for_weights:
-            raise EngineError(
-                "engine.sleep_level=2 threw the weights away, and no sync has come since; use 1"
-            )
-        if asleep:
-            await self._call((await self._running()).wake_up(asleep), "wake up")
-            self._state.asleep -= set(asleep)
+        await self._holds.release(await self._running(), version, clear_kv=clear_kv)
 
     # -- weights --------------------------------------------------------------------------
 
@@ -357,10 +301,7 @@ class VLLMEngine(VLLMReceiver):
     async def _begin(self) -> AsyncLLM:
         """Get ready for new weights."""
         llm = await self._running()
-        if self._gate.is_open:
-            raise WeightSyncError("new weights have come while the engine generates; hold it first")
-        await self._wake(["weights"], for_weights=True)
-        self._state.has_new_weights = True
+        await self._holds.get_ready(llm)
         return llm
 
     # -- end -------------------------------------------------------------------------------
@@ -382,18 +323,3 @@ class VLLMEngine(VLLMReceiver):
             raise EngineError("the vLLM engine is not running")
         await self._processes.check_alive(self._llm)
         return self._llm
-
-
-@dataclass(slots=True)
-class _State:
-    """Of an engine that is held.
-
-    Attributes:
-        keeps: whether requests stand in it.
-        has_new_weights: whether they are those of the next version, or have begun to be.
-        asleep: the parts of its memory that it has given away.
-    """
-
-    keeps: bool = False
-    has_new_weights: bool = False
-    asleep: set[str] = field(default_factory=set)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from copris_lightning.engines.last_words import logging_config, read_cause
 from copris_lightning.engines.owner import OWNER_VARIABLE, this_process
-from copris_lightning.engines.watchdog import Deadlines, Watchdog, obituary
+from copris_lightning.engines.watchdog import Deadlines, SilenceWatch, Watchdog, obituary
 from copris_lightning.errors import EngineError
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ class VLLMProcesses:
         deadlines: for what they are asked to do.
         hand_over: how the paths begin that this process shares with them; see
             :func:`copris_lightning.weights.files.hand_over_prefix`.
+
+    Attributes:
+        silence: is told of each request and of all that the engine sends; an engine that hangs
+            while it has some is killed.
     """
 
     def __init__(self, deadlines: Deadlines, hand_over: str) -> None:
@@ -71,10 +75,8 @@ class VLLMProcesses:
         self._cores: list[BaseProcess] = []
         self._workers: list[psutil.Process] = []
         self._watchdog: Watchdog | None = None
-        self._working = 0
-        self._heard = 0.0
-        self._stall: asyncio.TimerHandle | None = None
         self._stalled = ""
+        self.silence = SilenceWatch(deadlines.stall_s, self._end_stalled)
 
     # -- start -----------------------------------------------------------------------------
 
@@ -250,36 +252,10 @@ class VLLMProcesses:
         if llm.errored or any(core.exitcode is not None for core in self._cores):
             raise await self.death()
 
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Around a request: an engine that hangs while it has some is killed, so that all of them
-        end as they do when it dies."""
-        self._working += 1
-        if self._working == 1:
-            self.heard()
-            self._look()
-        try:
-            yield
-        finally:
-            self._working -= 1
-            if not self._working and self._stall is not None:
-                self._stall.cancel()
-                self._stall = None
-
-    def heard(self) -> None:
-        """The engine has sent something."""
-        self._heard = asyncio.get_running_loop().time()
-
-    def _look(self) -> None:
-        """Look whether the engine hangs, now and when it may have begun to."""
-        loop, limit = asyncio.get_running_loop(), self._deadlines.stall_s
-        left = self._heard + limit - loop.time()
-        if left > 0:
-            self._stall = loop.call_later(left, self._look)
-            return
-        self._stalled = (
-            f"it had work, and sent nothing for {_KEY}.stall_s={limit:g} s; it was killed"
-        )
+    def _end_stalled(self) -> None:
+        """Kill an engine that hangs, so that all its requests end as they do when it dies."""
+        limit = f"{_KEY}.stall_s={self._deadlines.stall_s:g} s"
+        self._stalled = f"it had work, and sent nothing for {limit}; it was killed"
         _log.error(f"the engine hangs: {self._stalled}")
         self.kill()
 

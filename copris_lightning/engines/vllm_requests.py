@@ -33,7 +33,7 @@ class VLLMRequests:
         self._processes = processes
 
     async def add(
-        self, llm: AsyncLLM, request_id: str, prompt: Any, params: Any, adapter: Any = None
+        self, llm: AsyncLLM, request_id: str, prompt: Any, params: Any, adapter: Any
     ) -> Any:
         """Hand a request over; when this returns, it is on its way before any later call.
 
@@ -56,11 +56,11 @@ class VLLMRequests:
 
         is_over = False
         try:
-            with self._processes.working():
+            with self._processes.silence.working():
                 while not is_over:
                     output = collector.get_nowait() or await collector.get()
                     is_over = output.finished
-                    self._processes.heard()
+                    self._processes.silence.heard()
                     yield output
         except EngineDeadError as error:
             is_over = True

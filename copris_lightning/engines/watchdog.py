@@ -23,7 +23,7 @@ finish, report)
 the transfer's own GPU      the collective library's                the collective library's
 copies (ipc, nccl)
 shutdown                    --                                      20 s, then killed
-**servers** (vllm_client)
+**servers** (server_client, server_http)
 questions, resume           the connection breaks                   connect_timeout_s
 generate, score, pause      the connection breaks                   stall_timeout_s
 load weights, explain       the connection breaks (a server whose   sync_timeout_s
@@ -55,7 +55,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -193,6 +194,51 @@ class Watchdog:
         self.close()
         if not self._death.done():
             self._death.set_result(None)
+
+
+class SilenceWatch:
+    """Notices that somebody has work and sends nothing. Used on one event loop.
+
+    Args:
+        limit_s: how long that may last, in seconds.
+        too_long: called when it has.
+    """
+
+    def __init__(self, limit_s: float, too_long: Callable[[], None]) -> None:
+        self._limit_s = limit_s
+        self._too_long = too_long
+        self._working = 0
+        self._heard = 0.0
+        self._next_look: asyncio.TimerHandle | None = None
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Around each piece of work."""
+        self._working += 1
+        if self._working == 1:
+            self.heard()
+            self._look()
+        try:
+            yield
+        finally:
+            self._working -= 1
+            if not self._working and self._next_look is not None:
+                self._next_look.cancel()
+                self._next_look = None
+
+    def heard(self) -> None:
+        """Something was sent."""
+        self._heard = asyncio.get_running_loop().time()
+
+    def _look(self) -> None:
+        """Look now, and again when it may have been silent for too long."""
+        loop = asyncio.get_running_loop()
+        left = self._heard + self._limit_s - loop.time()
+        if left > 0:
+            self._next_look = loop.call_later(left, self._look)
+        else:
+            self._next_look = None
+            self._too_long()
 
 
 def obituary(processes: Iterable[WatchedProcess], cause: str) -> str:

@@ -76,13 +76,13 @@ class LoRA:
                 "the model's weights are quantized, and adapters cannot be added to such; "
                 "set model to a checkpoint that is not"
             )
-        self._layers(model)
+        self.layers(model)
 
     def shape(self, model: Any) -> AdapterShape | None:
         """Of the adapters that the engine gets; ``None`` if it gets whole weights."""
         if self.sync == "merge":
             return None
-        return AdapterShape(self.rank, last_parts(self._layers(model)))
+        return AdapterShape(self.rank, last_parts(self.layers(model)))
 
     def insert(self, model: Any) -> None:
         """Put adapters into a language model, in place, and freeze all other weights."""
@@ -92,7 +92,7 @@ class LoRA:
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # only ever divided
-            target_modules=self._layers(model),
+            target_modules=self.layers(model),
             lora_dropout=0.0,  # the engine has none
             init_lora_weights=False,  # below, where weights are whole
         )
@@ -104,7 +104,7 @@ class LoRA:
                 with whole([*module.lora_A.parameters(), *module.lora_B.parameters()]):
                     module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
 
-    def _layers(self, model: Any) -> list[str]:
+    def layers(self, model: Any) -> list[str]:
         """Full names of the linear layers that get an adapter."""
         head = model.get_output_embeddings()
         linear = [

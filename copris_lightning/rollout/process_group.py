@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
-from multiprocessing.connection import Connection, Pipe
 
+from copris_lightning.rollout.channel import Channel
+from copris_lightning.rollout.printed import Printed
+
+_GONE_S = 10.0
+"""How long a process that was killed may take to be gone: it may be deep in a system call."""
 _RUN = "import sys; sys.path[:] = {!r}; from {} import run; run({}, {})"
 
 
@@ -18,21 +23,26 @@ class ProcessGroup:
     Forking would be unsafe beside the engine's and torch's threads.
 
     Args:
-        module: its function ``run`` is called with two file descriptors: of a connection to here,
-            and of a pipe that ends when this process does.
+        module: its function ``run`` is called with two file descriptors: of a socket connected to
+            ``channel`` here, which does not block, and of a pipe that ends when this process does.
 
     Raises:
         OSError: the process cannot be started.
     """
 
     def __init__(self, module: str) -> None:
-        self.connection: Connection
-        self.connection, theirs = Pipe()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.channel = Channel(ours)
         watched, self._alive = os.pipe()
+        read, printed = os.pipe()
+        self.printed = Printed(read)
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _RUN.format(sys.path, module, theirs.fileno(), watched)],
                 stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
                 pass_fds=(theirs.fileno(), watched),
                 start_new_session=True,
             )
@@ -42,6 +52,7 @@ class ProcessGroup:
         finally:
             theirs.close()
             os.close(watched)
+            os.close(printed)
 
     def has_ended(self) -> bool:
         """Whether the process itself is gone; what it started may hold the connection open."""
@@ -56,11 +67,12 @@ class ProcessGroup:
         """Kill the process, if it is still there, and what it has started and left behind."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        self.wait(_GONE_S)
 
     def close(self) -> None:
-        """Let go of a process that was killed, once no thread uses its connection."""
-        self.connection.close()
+        """Let go of a process that was killed."""
+        self.channel.close()
+        self.printed.close()
         os.close(self._alive)
 
     def how_it_ended(self) -> str:

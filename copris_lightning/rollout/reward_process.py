@@ -8,18 +8,24 @@ Nothing heavy is imported here: every worker does it again.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import multiprocessing.spawn
 import numbers
 import os
 import pickle
+import select
 import signal
+import socket
+import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from copris_lightning.rollout.channel import Channel
 from copris_lightning.rollout.spawning import SecondRun, loading
 from copris_lightning.search_path import forget_own_safe_path
 
@@ -30,6 +36,11 @@ READY, CLOSE, BLOCKING = -1, -2, -3
 """What a message is about that is about no call: the first answer of a worker (``None``, or the
 :class:`Failure` to load the reward); the request to end; and the question which call holds up the
 loop (answered by its number, ``None`` if nothing does)."""
+
+GIVEN_BACK = "given back"
+"""The answer to a call that was not begun: another worker may have it."""
+_PATIENCE_S = 0.1
+"""A plain call that takes longer does not keep those waiting that were sent ahead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,44 +95,101 @@ def as_number(value: Any) -> float:
 def run(connection_fd: int, trainer_fd: int) -> None:
     """The life of a worker: load the reward, answer calls, end with its connection or trainer.
 
-    The first message is ``(preparation, pickled reward, is_async, timeout_s)``, each one after it
-    ``(number, pickled (response, prompt))``, and each answer ``(number, reward or Failure)``. A
-    message with ``None`` cancels an ``async`` call.
+    The first message is ``(READY, (preparation, pickled reward, is_async, timeout_s))``, each one
+    after it ``(number, pickled (response, prompt))``, and each answer ``(number, reward, Failure or
+    GIVEN_BACK)``. A message with ``None`` cancels an ``async`` call, or one that is not begun.
 
     Args:
         connection_fd: file descriptor of the connection to the trainer.
         trainer_fd: of a pipe whose other end only the trainer has.
     """
     forget_own_safe_path()
+    for stream in (sys.stdout, sys.stderr):
+        assert isinstance(stream, io.TextIOWrapper)
+        stream.reconfigure(line_buffering=True, errors="backslashreplace")
     _leave_signals_to_the_trainer()
     threading.Thread(target=_end_with, args=(trainer_fd,), daemon=True).start()
-    connection = Connection(connection_fd)
-    with contextlib.suppress(EOFError, OSError):  # the trainer closed it, or is gone
-        preparation, pickled, is_async, timeout_s = connection.recv()
+    other_end = _OtherEnd(Channel(socket.socket(fileno=connection_fd)))
+    [(begun, first)] = other_end.hear()
+    if begun == CLOSE:
+        return
+    preparation, pickled, is_async, timeout_s = first
+    try:
+        with loading():
+            # As in multiprocessing: path, directory and, if the reward needs it, main module.
+            multiprocessing.spawn.prepare(preparation)
+            reward = pickle.loads(pickled)
+    except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
+        is_known = isinstance(error, SecondRun)
+        other_end.tell(READY, Failure(str(error)) if is_known else _raised(error))
+        return
+    other_end.tell(READY, None)
+    if is_async:
+        import asyncio
+
+        asyncio.run(_serve_async(other_end, reward, timeout_s))
+    else:
+        _Queue(other_end).work(reward)
+
+
+class _OtherEnd:
+    """The other end of the connection, for several threads."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._telling = threading.Lock()
+
+    def tell(self, number: int, answer: object) -> None:
+        with self._telling, contextlib.suppress(OSError):  # nobody waits for it any more
+            self._channel.send((number, answer))
+
+    def hear(self, within_s: float | None = None) -> list[tuple[int, Any]]:
+        """What it says within some time; :data:`CLOSE` if it is gone."""
+        if not select.select([self._channel], [], [], within_s)[0]:
+            return []
         try:
-            with loading():
-                # As in multiprocessing: path, directory and, if the reward needs it, main module.
-                multiprocessing.spawn.prepare(preparation)
-                reward = pickle.loads(pickled)
-        except BaseException as error:  # noqa: BLE001 - a user's module may raise anything
-            is_known = isinstance(error, SecondRun)
-            connection.send((READY, Failure(str(error)) if is_known else _raised(error)))
-            return
-        connection.send((READY, None))
-        if is_async:
-            import asyncio
-
-            asyncio.run(_serve_async(connection, reward, timeout_s))
-        else:
-            _serve_plain(connection, reward)
+            return self._channel.receive()
+        except (EOFError, OSError):
+            return [(CLOSE, None)]
 
 
-def _serve_plain(connection: Connection, reward: Any) -> None:
-    while True:
-        number, call = connection.recv()
-        if number == CLOSE:
-            return
-        connection.send((number, _outcome(reward, call)))
+class _Queue:
+    """Plain calls, done one after the other. Those that wait behind a long one are given back."""
+
+    def __init__(self, other_end: _OtherEnd) -> None:
+        self._other_end = other_end
+        self._waiting: SimpleQueue[tuple[int, bytes] | None] = SimpleQueue()
+        self._cancelled: set[int] = set()
+        self._began = math.inf
+
+    def work(self, reward: Any) -> None:
+        threading.Thread(target=self._read, name="copris-reward-calls", daemon=True).start()
+        while (call := self._waiting.get()) is not None:
+            number, pair = call
+            self._began = time.monotonic()
+            answer = GIVEN_BACK if number in self._cancelled else _outcome(reward, pair)
+            self._began = math.inf
+            self._other_end.tell(number, answer)
+
+    def _read(self) -> None:
+        while True:
+            for number, pair in self._other_end.hear(
+                None if self._waiting.empty() else _PATIENCE_S
+            ):
+                if number == CLOSE:
+                    self._waiting.put(None)
+                    return
+                if pair is None:
+                    self._cancelled.add(number)
+                else:
+                    self._waiting.put((number, pair))
+            if time.monotonic() - self._began > _PATIENCE_S:
+                self._give_back()
+
+    def _give_back(self) -> None:
+        with contextlib.suppress(Empty):
+            while (call := self._waiting.get_nowait()) is not None:
+                self._other_end.tell(call[0], GIVEN_BACK)
 
 
 def _outcome(reward: Any, call: bytes) -> float | Failure:
@@ -133,20 +201,15 @@ def _outcome(reward: Any, call: bytes) -> float | Failure:
     return _verdict(value)
 
 
-async def _serve_async(connection: Connection, reward: Any, timeout_s: float) -> None:
+async def _serve_async(other_end: _OtherEnd, reward: Any, timeout_s: float) -> None:
     import asyncio
 
     loop = asyncio.get_running_loop()
     tasks: dict[int, asyncio.Task[None]] = {}
     ended = asyncio.Event()
-    sending = threading.Lock()
-
-    def send(number: int, answer: object) -> None:
-        with sending, contextlib.suppress(OSError):  # nobody waits for it any more
-            connection.send((number, answer))
 
     async def call(number: int, pair: bytes) -> None:
-        send(number, await _awaited(reward, pair, timeout_s))
+        other_end.tell(number, await _awaited(reward, pair, timeout_s))
 
     def begin(number: int, pair: bytes | None) -> None:
         if pair is not None:
@@ -156,17 +219,17 @@ async def _serve_async(connection: Connection, reward: Any, timeout_s: float) ->
             tasks[number].cancel()
 
     def read() -> None:
-        with contextlib.suppress(EOFError, OSError):
-            number, pair = connection.recv()
-            while number != CLOSE:
+        while True:
+            for number, pair in other_end.hear():
+                if number == CLOSE:
+                    loop.call_soon_threadsafe(ended.set)
+                    return
                 if number == BLOCKING:
                     running = asyncio.current_task(loop)
                     blocking = [n for n, task in list(tasks.items()) if task is running]
-                    send(BLOCKING, blocking[0] if blocking else None)
+                    other_end.tell(BLOCKING, blocking[0] if blocking else None)
                 else:
                     loop.call_soon_threadsafe(begin, number, pair)
-                number, pair = connection.recv()
-        loop.call_soon_threadsafe(ended.set)
 
     threading.Thread(target=read, name="copris-reward-calls", daemon=True).start()
     await ended.wait()

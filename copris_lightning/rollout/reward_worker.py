@@ -1,39 +1,36 @@
-"""One worker process of a reward, seen from the trainer: its start, deadlines and death.
+"""One worker process of a reward, seen from the trainer: its calls, its deadlines, its death.
 
-Two threads belong to it: one sends to it (a worker that hangs does not read), one waits for its
-answers, for its death and for the deadlines of what it is doing. So no wait for it is without end.
+Nothing here waits: the :class:`Attendant` reads what the process says, and looks at the clock.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import threading
 import time
-from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import count
-from multiprocessing.connection import Connection, Pipe, wait
-from queue import SimpleQueue
 from typing import Any, Protocol
 
-from copris_lightning.errors import RewardError
 from copris_lightning.rollout.process_group import ProcessGroup
+from copris_lightning.rollout.reward_calls import Call
 from copris_lightning.rollout.reward_process import (
     BLOCKING,
     CLOSE,
+    GIVEN_BACK,
     READY,
     Failure,
     too_late,
 )
 from copris_lightning.rollout.spawning import preparation
 
+_AHEAD = 64
+"""Plain calls that a worker has at a time. It begins the next one by itself: the trainer, whose
+threads wait for Python's lock, may take tens of milliseconds to hear of an answer. One that gives
+calls back gets fewer, for a while."""
 _GRACE_S = 5.0
 """An ``async`` call is ended inside its worker; so much later, the worker is ended."""
-_LOOK_S = 1.0
-"""How often a busy process is looked at: what it leaves behind may hold its connection open."""
-_END_S = 2.0
-"""How long an idle worker may take to end by itself."""
+_ANSWER_S = 1.0
+"""How long a worker may take to say which call holds up its event loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +41,7 @@ class Work:
         reward: pickled; every worker gets it once.
         name: of the reward, for messages.
         is_async: whether the reward is awaited.
-        timeout_s: limit on one call, in seconds from when it is sent to a worker.
+        timeout_s: limit on one call, in seconds from when a worker begins it.
         start_s: limit on a worker's start, in seconds.
     """
 
@@ -55,32 +52,17 @@ class Work:
     start_s: float
 
 
-@dataclass(slots=True, eq=False)
-class Call:
-    """One call of the reward: its arguments pickled, where the result goes, until when."""
-
-    prompt_id: str
-    pair: bytes
-    future: Future[Any]
-    deadline: float = math.inf
-
-
 class Owner(Protocol):
-    """Whom a worker tells what happens; its lock is held meanwhile."""
+    """Whom a worker tells what happens. Its lock is held whenever a worker is called."""
 
     work: Work
-    lock: threading.RLock
 
-    def dispatch(self) -> None:
-        """A worker has room for a call."""
+    def finish(self, call: Call, outcome: object) -> None:
+        """A call has a result, or an exception."""
         ...
 
-    def on_ready(self) -> None:
-        """A worker has the reward."""
-        ...
-
-    def on_end(self, worker: Worker) -> None:
-        """A worker that was ready has ended."""
+    def give_back(self, calls: list[Call]) -> None:
+        """Some calls were not begun, and want another worker."""
         ...
 
     def on_fault(self, text: str, cause: BaseException | None) -> None:
@@ -89,203 +71,159 @@ class Owner(Protocol):
 
 
 class Worker:
-    """One process, from its start to its end."""
+    """One process, from its start to its end.
 
-    def __init__(self, owner: Owner) -> None:
+    Args:
+        owner: is told what happens.
+        process: just started.
+
+    Attributes:
+        out: the calls that it has, in the order in which it begins them.
+        is_ready: whether it has the reward.
+        is_over: whether its process has ended, or is to be ended.
+    """
+
+    def __init__(self, owner: Owner, process: ProcessGroup) -> None:
+        work = owner.work
         self.out: dict[int, Call] = {}
-        """The calls that it has, by number; the owner's lock guards them."""
-        self.is_ready = False
+        self.process = process
+        self.is_ready = self.is_over = False
         self._owner = owner
-        self._work = owner.work
-        self._numbers = count()
-        self._outbox: SimpleQueue[Any] = SimpleQueue()
-        self._woken, self._wake = Pipe(duplex=False)
-        self._is_woken = False
-        self._closing = self._gently = False
-        self._start_by = math.inf
+        self._is_deaf = False
+        self._room = _AHEAD
         self._asked: list[int] = []
-        self._answer_by = math.inf
-        self._thread: threading.Thread | None = None
+        self._answer_by = time.monotonic() + work.start_s
+        self._tell(READY, (preparation(work.reward), work.reward, work.is_async, work.timeout_s))
 
-    def start(self) -> None:
-        """Start the process, unless that was done before."""
-        if self._thread is None:
-            self._start_by = time.monotonic() + self._work.start_s
-            self._thread = threading.Thread(target=self._attend, name="copris-reward", daemon=True)
-            self._thread.start()
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is expected of it."""
+        return bool(self.out) or not self.is_ready
 
-    def take(self, call: Call) -> None:
-        """Have the worker do a call; it is sent once the worker is ready."""
-        number = next(self._numbers)
-        self.out[number] = call
-        self.start()
-        if self.is_ready:
-            self._outbox.put(number)
-        call.future.add_done_callback(lambda future: self._let_go(number, future))
+    @property
+    def is_behind(self) -> bool:
+        """Whether something is still to be sent to it."""
+        return self.process.channel.is_behind
 
-    def close(self) -> None:
-        """Have the worker ended: an idle one gently, a busy one at once. See :meth:`join`."""
-        self._gently = self.is_ready and not self.out
-        self._closing = True
-        calls, self.out = self.out, {}
-        for call in calls.values():
-            call.future.cancel()
-        self._notify()
-
-    def join(self) -> None:
-        """Wait until the process is gone."""
-        if self._thread is not None:
-            self._thread.join()
-        for connection in (self._woken, self._wake):
-            connection.close()
-
-    def _let_go(self, number: int, future: Future[Any]) -> None:
-        """Nobody waits for a call any more. An ``async`` one is cancelled in the worker; a plain
-        one that has begun goes on to its end or limit, for a new worker would cost more."""
-        with self._owner.lock:
-            call = self.out.get(number)
-            if call is None or not future.cancelled():
-                return
-            if self._work.is_async:
-                self._outbox.put((number, None))
-            elif call.deadline < math.inf:
-                return
-            del self.out[number]
-            self._owner.dispatch()
-
-    def _notify(self) -> None:
-        if not self._is_woken:
-            self._is_woken = True
-            self._wake.send_bytes(b"\0")
-
-    # -- the two threads -------------------------------------------------------------------
-
-    def _attend(self) -> None:
-        """Start the process, wait for what it says, and end it."""
-        work = self._work
-        try:
-            first = (preparation(work.reward), work.reward, work.is_async, work.timeout_s)
-            process = ProcessGroup("copris_lightning.rollout.reward_process")
-        except OSError as error:
-            with self._owner.lock:
-                self._owner.on_fault(f"a worker process cannot be started: {error}", error)
-            return
-        sender = threading.Thread(target=self._send, args=(process.connection, first), daemon=True)
-        sender.start()
-        try:
-            while self._listen(process):
-                pass
-            if self._gently:
-                self._outbox.put((CLOSE, None))
-                process.wait(_END_S)
-        finally:
-            self._outbox.put(None)
-            process.kill()
-            sender.join()
-            process.close()
-
-    def _send(self, connection: Connection, first: tuple[Any, ...]) -> None:
-        work = self._work
-        with contextlib.suppress(OSError):  # the worker has ended, as the other thread finds out
-            connection.send(first)
-            while (item := self._outbox.get()) is not None:
-                if isinstance(item, int):
-                    with self._owner.lock:
-                        call = self.out.get(item)
-                        if call is None:
-                            continue
-                        grace = min(_GRACE_S, work.timeout_s) if work.is_async else 0.0
-                        call.deadline = time.monotonic() + work.timeout_s + grace
-                        self._notify()
-                    item = (item, call.pair)
-                connection.send(item)
-
-    def _listen(self, process: ProcessGroup) -> bool:
-        """Wait for one thing and act on it; false when the worker is to end."""
-        with self._owner.lock:
-            if self._closing:
-                return False
-            deadline = self._deadline()
-            look_by = math.inf if self.is_ready and not self.out else time.monotonic() + _LOOK_S
-        by = min(deadline, look_by)
-        came = wait(
-            [process.connection, self._woken],
-            None if by == math.inf else max(0.0, by - time.monotonic()),
-        )
-        if self._woken in came:
-            with self._owner.lock:
-                self._woken.recv_bytes()
-                self._is_woken = False
-        if process.connection in came:
-            try:
-                number, answer = process.connection.recv()
-            except (EOFError, OSError):
-                self._on_death(process)
-                return False
-            with self._owner.lock:
-                return self._on_answer(number, answer)
-        if not came and process.has_ended():
-            self._on_death(process)
+    @property
+    def has_room(self) -> bool:
+        """Whether it can take a call."""
+        if self.is_over or self._is_deaf or not self.is_ready:
             return False
-        with self._owner.lock:
-            return time.monotonic() < self._deadline() or self._on_deadline()
+        return self._owner.work.is_async or len(self.out) < self._room
 
-    # -- what came; the lock is held, and false ends the worker ------------------------------
-
-    def _on_answer(self, number: int, answer: Any) -> bool:
-        if number == READY and isinstance(answer, Failure):
-            self._owner.on_fault(
-                f"a worker process cannot load {self._work.name}: {answer.text}",
-                answer.exception(),
-            )
+    def take(self, call: Call) -> bool:
+        """Have the worker do a call; false if it was found dead."""
+        if not self._tell(call.number, call.pair):
+            self._is_deaf = True
             return False
-        if number == READY:
-            self.is_ready = True
-            for waiting in self.out:
-                self._outbox.put(waiting)
-            self._owner.on_ready()
-        elif number == BLOCKING:
-            return self._on_explanation(answer)
-        elif number in self.out:  # else nobody waits for it any more
-            call = self.out.pop(number)
-            if isinstance(answer, Failure):
-                finish(call.future, error=_error(call, answer.text, answer.exception()))
-            else:
-                finish(call.future, answer)
-            self._owner.dispatch()
+        self.out[call.number] = call
+        if self._owner.work.is_async:
+            limit = self._owner.work.timeout_s
+            call.deadline = time.monotonic() + limit + min(_GRACE_S, limit)
+        else:
+            self._time_first()
         return True
 
-    def _deadline(self) -> float:
-        if not self.is_ready:
-            return self._start_by
-        if self._asked:
-            return self._answer_by
-        return min((call.deadline for call in self.out.values()), default=math.inf)
+    def let_go(self, call: Call) -> None:
+        """Nobody waits for a call any more. An ``async`` one is cancelled in the worker; a plain
+        one that has begun goes on to its end or limit, for a new worker would cost more."""
+        if self._owner.work.is_async:
+            del self.out[call.number]
+        self._tell(call.number, None)
 
-    def _on_deadline(self) -> bool:
-        if not self.is_ready:
-            self._owner.on_fault(
-                f"a worker process was not ready after {self._work.start_s:g} s: does the module "
-                f"of {self._work.name} wait for something when it is imported?",
-                None,
-            )
-            return False
-        if self._asked:
-            return self._on_explanation(None)
-        late = [n for n, call in self.out.items() if call.deadline <= time.monotonic()]
-        if self._work.is_async:  # it could not end the call itself: which one holds up the others?
-            self._asked = late
-            self._answer_by = time.monotonic() + _LOOK_S
-            self._outbox.put((BLOCKING, None))
+    def flush(self) -> None:
+        """Send what could not be sent before."""
+        with contextlib.suppress(OSError):  # it is gone, as the attendant finds out
+            self.process.channel.flush()
+
+    def dismiss(self) -> bool:
+        """Ask an idle worker to end; false where one must be killed."""
+        return not self.is_busy and self._tell(CLOSE, None)
+
+    def _tell(self, number: int, content: object) -> bool:
+        with contextlib.suppress(OSError):  # it is gone, as the attendant finds out
+            self.process.channel.send((number, content))
             return True
-        self._fail(late, too_late(self._work.timeout_s).text)
         return False
 
-    def _on_explanation(self, blocking: int | None) -> bool:
+    # -- what the process says -------------------------------------------------------------
+
+    def hear(self, messages: list[tuple[int, Any]]) -> None:
+        """Act on what the process said."""
+        unbegun = []
+        for number, answer in messages:
+            if self.is_over:
+                return
+            if number == READY:
+                self._on_ready(answer)
+            elif number == BLOCKING:
+                self._on_explanation(answer)
+            elif (call := self.out.pop(number, None)) is None:
+                pass  # nobody waits for it any more
+            elif answer != GIVEN_BACK:
+                self._room = min(2 * self._room, _AHEAD)
+                failure = isinstance(answer, Failure)
+                self._owner.finish(
+                    call, call.failed(answer.text, answer.exception()) if failure else answer
+                )
+            elif not call.future.cancelled():
+                self._room = 1  # until it has answered, and little for a while
+                unbegun.append(call)
+        self._time_first()
+        self._owner.give_back(unbegun)
+
+    def _on_ready(self, failure: Failure | None) -> None:
+        if failure is None:
+            self.is_ready = True
+            self._answer_by = math.inf
+            return
+        text = f"a worker process cannot load {self._owner.work.name}: {failure.text}"
+        self.is_over = True
+        self._owner.on_fault(text, failure.exception())
+
+    def _time_first(self) -> None:
+        """A plain call has begun when the one before it has ended."""
+        call = next(iter(self.out.values()), None)
+        if call is not None and call.deadline == math.inf:
+            call.deadline = time.monotonic() + self._owner.work.timeout_s
+
+    # -- what it does not say --------------------------------------------------------------
+
+    @property
+    def due(self) -> float:
+        """When it must have said something, on the clock of ``time.monotonic``."""
+        if self._answer_by < math.inf:
+            return self._answer_by
+        first = next(iter(self.out.values()), None)
+        return math.inf if first is None else first.deadline
+
+    def on_due(self) -> None:
+        """It has not."""
+        work = self._owner.work
+        if not self.is_ready:
+            self.is_over = True
+            self._owner.on_fault(
+                f"a worker process was not ready after {work.start_s:g} s: does the module "
+                f"of {work.name} wait for something when it is imported?",
+                None,
+            )
+        elif self._answer_by < math.inf:
+            self._on_explanation(None)
+        else:
+            late = [n for n, call in self.out.items() if call.deadline <= time.monotonic()]
+            if work.is_async:  # it could not end the call: which one holds up the others?
+                self._asked = late
+                self._answer_by = time.monotonic() + _ANSWER_S
+                self._tell(BLOCKING, None)
+            else:
+                self._fail(late, too_late(work.timeout_s).text)
+
+    def _on_explanation(self, blocking: int | None) -> None:
         """The worker said, or could not say, which call holds up its event loop."""
         late = [number for number in self._asked if number in self.out]
-        self._asked = []
-        text = too_late(self._work.timeout_s).text
+        self._asked, self._answer_by = [], math.inf
+        text = too_late(self._owner.work.timeout_s).text
         if blocking in self.out:
             self._fail(
                 [blocking],
@@ -294,54 +232,41 @@ class Worker:
             )
         elif late:
             self._fail(late, f"{text}, and goes on when it is cancelled")
-        else:
-            return True  # what was late has answered meanwhile
-        return False
+
+    def on_death(self, how: str) -> None:
+        """The process has ended by itself."""
+        work = self._owner.work
+        if not self.is_ready:
+            self.is_over = True
+            self._owner.on_fault(
+                f"a worker process ended ({how}) while it loaded {work.name}; what it printed "
+                "above says why",
+                None,
+            )
+            return
+        others = (
+            f"; {len(self.out)} calls were in it" if work.is_async and len(self.out) > 1 else ""
+        )
+        text = f"ended its worker process ({how}{others})"
+        if self.out and not work.is_async:
+            call = self.out.pop(next(iter(self.out)))
+            self._owner.finish(call, call.failed(text, None))
+        self._end(text)
 
     def _fail(self, blamed: list[int], text: str) -> None:
-        """Fail some calls by their names, and those that were in the same worker for them."""
-        first = self.out[blamed[0]]
+        """End the worker for what some calls did, by their names."""
+        culprit = self.out[blamed[0]].prompt_id
         for number in blamed:
             call = self.out.pop(number)
-            finish(call.future, error=_error(call, text, TimeoutError(text)))
-        self._fail_all(f"lost its worker process: the reward of prompt {first.prompt_id!r} {text}")
+            self._owner.finish(call, call.failed(text, TimeoutError(text)))
+        self._end(f"lost its worker process: the reward of prompt {culprit!r} {text}")
 
-    def _fail_all(self, text: str) -> None:
+    def _end(self, text: str) -> None:
+        """The calls that are left are lost, unless they were not begun."""
+        self.is_over = True
         calls, self.out = [*self.out.values()], {}
+        if not self._owner.work.is_async:
+            self._owner.give_back(calls)
+            return
         for call in calls:
-            finish(call.future, error=_error(call, text, None))
-        self._owner.on_end(self)
-
-    def _on_death(self, process: ProcessGroup) -> None:
-        """The process has ended by itself. Takes the lock."""
-        process.wait(_LOOK_S)
-        process.kill()
-        how = process.how_it_ended()
-        with self._owner.lock:
-            if self._closing:
-                return
-            if self.is_ready:
-                others = f"; {len(self.out)} calls were in it" if len(self.out) > 1 else ""
-                self._fail_all(f"ended its worker process ({how}{others})")
-            else:
-                self._owner.on_fault(
-                    f"a worker process ended ({how}) while it loaded {self._work.name}; what it "
-                    "printed above says why",
-                    None,
-                )
-
-
-def finish(future: Future[Any], value: Any = None, error: BaseException | None = None) -> None:
-    """Give a future its outcome, unless it was cancelled."""
-    if not future.set_running_or_notify_cancel():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(value)
-
-
-def _error(call: Call, text: str, cause: BaseException | None) -> RewardError:
-    error = RewardError(f"the reward of prompt {call.prompt_id!r} {text}")
-    error.__cause__ = cause
-    return error
+            self._owner.finish(call, call.failed(text, None))

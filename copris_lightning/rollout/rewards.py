@@ -47,6 +47,8 @@ class with a ``__call__``.
 Whatever the engine, it runs on the main thread of a worker process, which has a copy of its own. A
 plain function or ``__call__`` is called there, one response at a time; an ``async`` one (a judge
 behind a network, say) is awaited on one event loop, any number of responses at a time.
+
+What it prints is shown on the error output; of many lines, some, and how many there were.
 """
 
 
@@ -90,7 +92,7 @@ class Scoring:
     Attributes:
         reward: scores a response; see :data:`Reward`.
         workers: processes; each does one call at a time, or for an ``async`` reward any number.
-        timeout_s: limit on one call, in seconds from when a worker has it (real ones, also where
+        timeout_s: limit on one call, in seconds from when a worker begins it (real ones, also where
             the engine's clock is virtual); a worker past it is killed.
 
     Raises:

@@ -3,146 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import os
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import synced
 import torch
 from aiohttp import web
-from aiohttp.test_utils import TestServer, unused_port
+from aiohttp.test_utils import unused_port
+from fake_server import GENERATE, SPEC, Fake, Part, generate, nothing, run
+from synced import sync
 
 from copris_lightning.core.sampling import Sampling
-from copris_lightning.engines import server_client as vllm_client
+from copris_lightning.engines import server_client
 from copris_lightning.engines.engine import Chunk, Decoding, EngineSpec, GenerationRequest
 from copris_lightning.engines.server import VLLMServerEngine
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
-
-SPEC = EngineSpec("some/model", 16, 100, vocab_size=98)
-GENERATE = "/inference/v1/generate"
-Part = tuple[list[int], str | None] | str
-
-
-@dataclass
-class Fake:
-    """Answers like a vLLM server, as far as it is told to.
-
-    Attributes:
-        parts: what it streams to each request, one after another: tokens and finish reason, an
-            error event as text, or ``"cut"`` to drop the connection. Every token's log-prob is
-            minus the token.
-        silent: its engine dies when it is to load weights, and the call is never answered.
-        broken: routes that answer with an error, and its status.
-        requests: bodies of the requests to generate.
-        arrival: what it says of a load.
-    """
-
-    model: str = "some/model"
-    max_model_len: int = 100
-    logprobs_mode: str = "processed_logprobs"
-    sees_file: bool = True
-    key: str | None = None
-    silent: bool = False
-    parts: list[list[Part]] = field(default_factory=list)
-    broken: dict[str, int] = field(default_factory=dict)
-    requests: list[dict[str, Any]] = field(default_factory=list)
-    calls: list[str] = field(default_factory=list)
-    arrival: Any = field(default_factory=lambda: {"stale": [], "missing": [], "unused": []})
-    url: str = ""
-
-    async def answer(self, request: web.Request) -> web.StreamResponse:
-        route = request.path
-        body = await request.json() if request.can_read_body else {}
-        self.calls.append(body.get("method", route))
-        status = self.broken.get(body.get("method", route))
-        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
-            status = 401
-        if status is not None:
-            text = json.dumps({"error": {"message": "as it was told to"}})
-            return web.Response(status=status, text=text)
-        if self.silent and body.get("method") == "load_shard":
-            self.broken["/health"] = 503
-            await asyncio.Event().wait()
-        if route == GENERATE and body.get("stream"):
-            return await self._stream(request, body)
-        tokens = body.get("token_ids", [])
-        card = {"id": "x", "root": self.model, "max_model_len": self.max_model_len}
-        facts = {"logprobs_mode": self.logprobs_mode, "sees_file": self.sees_file}
-        results = {
-            "describe": {**facts, "max_num_seqs": 16},
-            "end_shards": self.arrival,
-            "explain_mismatch": "all is well",
-        }
-        answers: dict[str, Any] = {
-            "/v1/models": {"data": [card]},
-            "/collective_rpc": {"results": [results.get(body.get("method", ""))]},
-            "/reset_prefix_cache": {"success": True},
-            GENERATE: {"prompt_logprobs": [{str(t): {"logprob": -float(t)}} for t in tokens]},
-        }
-        return web.json_response(answers.get(route, {}))
-
-    async def _stream(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        self.requests.append(body)
-        response = web.StreamResponse()
-        await response.prepare(request)
-        for part in self.parts.pop(0):
-            if part == "cut":
-                assert request.transport is not None
-                request.transport.abort()
-                return response
-            event: dict[str, Any] = {"error": {"code": 500, "message": part}}
-            if not isinstance(part, str):
-                tokens, reason = part
-                content = [{"token_id": t, "logprob": -float(t)} for t in tokens]
-                choice = {"token_ids": tokens, "finish_reason": reason}
-                event = {"choices": [{**choice, "logprobs": {"content": content}}]}
-            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
-            await asyncio.sleep(0.01)
-        await response.write(b"data: [DONE]\n\n")
-        return response
-
-
-def run(
-    fakes: list[Fake],
-    work: Callable[[VLLMServerEngine], Coroutine[Any, Any, Any]],
-    **settings: Any,
-) -> Any:
-    """Start an engine on the fakes, do the work, and close all."""
-
-    async def play() -> Any:
-        servers = []
-        for fake in fakes:
-            app = web.Application()
-            app.router.add_route("*", "/{route:.*}", fake.answer)
-            servers.append(TestServer(app, host="127.0.0.1"))
-            await servers[-1].start_server()
-            fake.url = str(servers[-1].make_url("")).rstrip("/")
-        engine = VLLMServerEngine([fake.url for fake in fakes], connect_timeout_s=2.0, **settings)
-        try:
-            await engine.start(SPEC)
-            await engine.release(0)
-            return await work(engine)
-        finally:
-            await engine.close()
-            for server in servers:
-                await server.close()
-
-    return asyncio.run(play())
-
-
-async def nothing(engine: VLLMServerEngine) -> None:
-    pass
-
-
-async def generate(engine: VLLMServerEngine) -> list[Chunk]:
-    request = GenerationRequest("name", (3, 4), 10, Decoding(stop_token_ids=(1,)), seed=5)
-    return [chunk async for chunk in engine.stream(request)]
-
 
 # -- servers that are wrong ----------------------------------------------------------------
 
@@ -294,10 +172,23 @@ def test_a_refused_request_loses_no_server() -> None:
         fake.broken[GENERATE] = 400
         with pytest.raises(EngineError, match=r"400: as it was told to"):
             await generate(engine)
-        assert engine._servers[0].lost is None
+        assert engine.servers[0].lost is None
 
     fake = Fake()
     run([fake], refused)
+
+
+@pytest.mark.parametrize("route", ["/update_weight_version", "/reset_prefix_cache", "/pause"])
+def test_a_server_that_fails_at_a_hold_or_a_release_is_left_out(route: str) -> None:
+    async def hold_and_release(engine: VLLMServerEngine) -> None:
+        fakes[0].broken[route] = 500
+        await engine.hold()
+        await engine.release(1)
+        assert [server.lost is None for server in engine.servers] == [False, True]
+        assert engine.version == 1
+
+    fakes = [Fake(), Fake()]
+    run(fakes, hold_and_release)
 
 
 def test_a_logprob_that_json_cannot_hold_is_not_a_number() -> None:
@@ -310,7 +201,7 @@ def test_a_dead_server_is_probed_no_more_and_the_others_take_turns() -> None:
     async def score(engine: VLLMServerEngine) -> None:
         fakes[1].broken[GENERATE] = 503
         assert await engine.score([[2, 3]] * 3) == [[-3.0]] * 3
-        assert "503" in (engine._servers[1].lost or "")
+        assert "503" in (engine.servers[1].lost or "")
         for fake in fakes:
             fake.calls.clear()
         assert await engine.score([[2, 3]] * 3) == [[-3.0]] * 3
@@ -331,7 +222,7 @@ def caller() -> Callable[..., Any]:
 
 
 async def load(engine: VLLMServerEngine, version: int) -> None:
-    await asyncio.to_thread(synced.sync, engine, caller(), WEIGHTS, version)
+    await asyncio.to_thread(sync, engine, caller(), WEIGHTS, version)
 
 
 @pytest.mark.parametrize("healthy", [True, False])
@@ -341,11 +232,11 @@ def test_a_failed_load_is_an_error_unless_the_server_is_dead(healthy: bool) -> N
         if not healthy:
             fakes[0].broken["/health"] = 503
             await load(engine, 1)
-            assert [s.lost is None for s in engine._servers] == [False, True]
+            assert [s.lost is None for s in engine.servers] == [False, True]
             assert engine.version == 1
             fakes[0].broken.clear()
             await load(engine, 2)
-            assert [s.lost for s in engine._servers] == [None, None]
+            assert [s.lost for s in engine.servers] == [None, None]
         else:
             with pytest.raises(WeightSyncError, match="could not load the weights"):
                 await load(engine, 1)
@@ -401,7 +292,7 @@ def test_weights_and_probes_leave_no_file_behind(tmp_path: Path) -> None:
 def test_a_server_whose_engine_dies_in_a_load_is_not_waited_for(
     others: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_client, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(server_client, "_LOOK_EVERY_S", 0.05)
     fakes = [Fake(silent=True), *(Fake() for _ in range(others))]
 
     async def sync(engine: VLLMServerEngine) -> None:

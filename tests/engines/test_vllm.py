@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 from copris_testing import SomePrompts, reference_logprobs
+from responses import STOP, generate
 from synced import sync
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.datamodules.prompts.stream import PromptEncoder, PromptStream
-from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, GenerationRequest
+from copris_lightning.engines.engine import Decoding, Engine, EngineSpec, Load
 from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 from copris_lightning.rollout.scheduler import Event, RolloutScheduler
@@ -25,13 +26,6 @@ from copris_lightning.rollout.shared_engine import SharedEngine
 from copris_lightning.rollout.task import Task
 
 Running = tuple[VLLMEngine, Callable[..., Any]]
-STOP = 1  # the character tokenizer's end of sequence
-
-
-@pytest.fixture
-def model(tiny_checkpoint: Path) -> Any:
-    """The checkpoint in transformers; the engine may hold other weights until it is synced."""
-    return AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -40,27 +34,6 @@ def synced(running_vllm: Running, model: Any) -> Running:
     engine, call = running_vllm
     sync(engine, call, model.named_parameters())
     return running_vllm
-
-
-async def generate(
-    engine: Engine,
-    tokens: tuple[int, ...],
-    *,
-    n: int = 60,
-    temperature: float = 1.0,
-    stop: tuple[int, ...] = (),
-    seed: int = 0,
-) -> tuple[list[int], list[float], str | None]:
-    name = f"test-{random.random()}"
-    request = GenerationRequest(name, tokens, n, Decoding(Sampling(temperature), stop), seed)
-    ids: list[int] = []
-    logprobs: list[float] = []
-    reason = None
-    async for chunk in engine.stream(request):
-        ids += chunk.token_ids
-        logprobs += chunk.logprobs
-        reason = chunk.ending
-    return ids, logprobs, reason
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.3])
@@ -202,17 +175,16 @@ def test_in_flight_equals_the_cap_on_the_real_engine(
         group_size=2,
         batch_groups=4,
     )
-    for _ in range(3):
-        events.clear()
-        ready = scheduler.buffer.ready_groups
+    for taken in (0, 4, 8):
+        begin = len(events)
         call(scheduler.take())
-        filled = next(i for i, e in enumerate(events) if e.in_flight == 12)
-        assert all(e.kind in ("start", "resume") for e in events[:filled])
+        filled = next(i for i in range(begin, len(events)) if events[i].in_flight == 12)
+        assert all(e.kind in ("start", "resume") for e in events[begin:filled])
         # The last reward of the batch ends the stage; nothing is started for it any more.
         scores = [i for i, e in enumerate(events) if e.kind == "score"]
         groups = [events[i].key[0] for i in scores]
         complete = [i for n, i in enumerate(scores) if groups[: n + 1].count(groups[n]) == 2]
-        ended = complete[3 - ready]
+        ended = complete[taken + 3]
         assert {e.in_flight for e in events[filled:ended]} == {12}
         assert max(e.in_flight for e in events) == 12
         assert scheduler.buffer.in_flight == 0
@@ -258,17 +230,16 @@ def test_greedy_decoding_cut_anywhere_equals_uncut(synced: Running, tiny_checkpo
 def test_an_aborted_request_leaves_nothing_behind(synced: Running) -> None:
     engine, call = synced
 
-    async def abort_some() -> int:
+    async def abort_some() -> Load | None:
         tasks = [asyncio.create_task(generate(engine, (5, i), n=240)) for i in range(8)]
         await asyncio.sleep(0.05)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
         assert all(task.cancelled() for task in tasks)
-        assert engine._llm is not None
-        return engine._llm.get_num_unfinished_requests()
+        return engine.load()
 
-    assert call(abort_some()) == 0
+    assert call(abort_some()) == Load(0, 0)
 
 
 def test_requests_that_vllm_refuses_are_named(synced: Running) -> None:

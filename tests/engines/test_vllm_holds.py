@@ -6,13 +6,13 @@ import asyncio
 import random
 from collections.abc import Callable
 from contextlib import aclosing
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from copris_testing import reference_logprobs
-from synced import send, sync
+from responses import LONG, PROMPT
+from synced import changed, send, sync
 from transformers import AutoModelForCausalLM
 
 from copris_lightning.core.sampling import Sampling
@@ -21,13 +21,6 @@ from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import EngineError, WeightSyncError
 
 Running = tuple[VLLMEngine, Callable[..., Any]]
-PROMPT = (5, 6, 7, 8)
-LONG = tuple(2 + i % 90 for i in range(140))  # more than a block of the KV cache
-
-
-@pytest.fixture
-def model(tiny_checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -36,13 +29,6 @@ def synced(running_vllm: Running, model: Any) -> Running:
     engine, call = running_vllm
     sync(engine, call, model.named_parameters())
     return running_vllm
-
-
-def changed(model: Any) -> Any:
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 async def stream(

@@ -12,12 +12,12 @@ import pytest
 import torch
 from copris_testing import SomePrompts
 from synced import sync
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.datamodules.prompts.stream import PromptEncoder, PromptStream
-from copris_lightning.engines.engine import Chunk, Decoding, EngineSpec, GenerationRequest
+from copris_lightning.engines.engine import Chunk, Decoding, EngineSpec, GenerationRequest, Load
 from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.decoding import ResponseDecoder
@@ -29,11 +29,6 @@ from copris_lightning.rollout.task import Task
 Running = tuple[VLLMEngine, Callable[..., Any]]
 STOP = 1  # the character tokenizer's end of sequence
 PROMPT = (5, 6, 7, 8)
-
-
-@pytest.fixture
-def model(tiny_checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32).eval()
 
 
 @pytest.fixture
@@ -118,8 +113,7 @@ def test_a_stop_string_ends_responses_over_resumes_and_nothing_runs_on(
         groups += some
         received += stats.tokens
         dropped += stats.dropped_tokens
-        assert engine._llm is not None
-        assert engine._llm.get_num_unfinished_requests() == 0
+        assert engine.load() == Load(0, 0)
     trajectories = [t for group in groups for t in group.trajectories]
     by_string = 0
     for trajectory in trajectories:

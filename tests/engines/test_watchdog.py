@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from copris_lightning.engines import vllm, watchdog
-from copris_lightning.engines.watchdog import Deadlines, Watchdog
+from copris_lightning.engines import vllm, vllm_holds, vllm_receiver, watchdog
+from copris_lightning.engines.watchdog import Deadlines, SilenceWatch, Watchdog
 from copris_lightning.errors import ConfigurationError, EngineError
 
 LONG = ("deadlines.sync_s", 60.0)
@@ -229,9 +230,35 @@ def test_deadlines_are_above_zero(field: str) -> None:
         Deadlines(**{field: 0})
 
 
-def test_every_call_to_vllm_is_watched() -> None:
+def test_silence_is_noticed_when_there_is_work_and_only_then(
+    loop: asyncio.AbstractEventLoop,
+) -> None:
+    noticed: list[float] = []
+    watch = SilenceWatch(10.0, lambda: noticed.append(loop.time()))
+
+    async def run() -> None:
+        with watch.working():
+            await asyncio.sleep(9)
+            with watch.working():
+                await asyncio.sleep(0.5)
+                watch.heard()
+            await asyncio.sleep(9)
+        await asyncio.sleep(100)
+        assert noticed == []
+        with watch.working():
+            began = loop.time()
+            await asyncio.sleep(3)
+            watch.heard()
+            await asyncio.sleep(50)
+        assert noticed == [began + 13]
+
+    loop.run_until_complete(run())
+
+
+@pytest.mark.parametrize("module", [vllm, vllm_holds, vllm_receiver])
+def test_every_call_to_vllm_is_watched(module: ModuleType) -> None:
     """A bare ``await llm.something()`` would hang for ever if the engine died within it."""
-    tree = ast.parse(Path(vllm.__file__).read_text())
+    tree = ast.parse(Path(str(module.__file__)).read_text())
     awaited = [ast.unparse(node.value) for node in ast.walk(tree) if isinstance(node, ast.Await)]
-    assert any("_processes.call(" in call for call in awaited)
+    assert any(call.startswith(("self._processes.call(", "self._call(")) for call in awaited)
     assert [call for call in awaited if call.startswith(("llm.", "self._llm.", "(await"))] == []

@@ -92,7 +92,7 @@ def test_merged_weights_are_those_that_peft_merges(
     assert set(ours) == {name for name, _ in plain.named_parameters()}
 
     config = peft.LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora._layers(plain), lora_dropout=0.0
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.layers(plain), lora_dropout=0.0
     )
     wrapped = peft.get_peft_model(plain, config)
     state = {f"base_model.model.{n}": t for n, t in module.policy.model.state_dict().items()}
@@ -230,7 +230,7 @@ def test_a_simulated_fit_trains_the_adapters_and_resumes(
     expected = dict(module.named_weights())
     plain = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype="float32")
     moved = {n for n, p in plain.named_parameters() if not torch.equal(p, expected[n])}
-    assert moved == {f"{name}.weight" for name in CHOSEN._layers(plain)}
+    assert moved == {f"{name}.weight" for name in CHOSEN.layers(plain)}
 
     torch.manual_seed(3)
     keep = ModelCheckpoint(tmp_path, filename="cut", every_n_train_steps=3, save_top_k=-1)

@@ -163,7 +163,7 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
         head.weight = torch.nn.Parameter(original.clone())
         module.policy.model.set_output_embeddings(head)
         # All of the micro-batch is left out: a gradient of zero, for every parameter.
-        module._open_batch.reset()
+        module.setup("fit")
         alone = collate(rows[2:3], source="engine", totals=totals, quarantine_limit=1)
         with pytest.warns(UserWarning, match=re.escape(rows[2].name)):
             output, ours = gradient(alone)
@@ -175,7 +175,7 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
         with pytest.raises(QuarantineError, match="max_quarantined allows 1"):
             module.training_step(alone, 0)
         # The others of a micro-batch are trained on.
-        module._open_batch.reset()
+        module.setup("fit")
         with pytest.warns(UserWarning, match=re.escape(rows[2].name)):
             output, ours = gradient(broken)
         assert output["quarantined"] == [rows[2].name]
@@ -186,7 +186,7 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
         with torch.no_grad():
             embedding.copy_(original)
         module.policy.model.set_output_embeddings(tied_head)
-        module._open_batch.reset()
+        module.setup("fit")
     _, restored = gradient(collate(clean, source="engine", totals=totals))
     assert torch.equal(restored, expected)
 

@@ -104,6 +104,14 @@ def test_what_a_reward_has_started_ends_with_its_worker(scorer, tmp_path):
     wait_for(lambda: not psutil.pid_exists(started) or not is_alive(psutil.Process(started)))
 
 
+def test_programs_that_a_reward_has_started_end_with_its_worker(scorer, tmp_path):
+    shell = f"echo $$ > {tmp_path / 'pid'}; exec sleep 777"
+    with pytest.raises(RewardError, match="took longer"):
+        score(scorer, f"value __import__('subprocess').run({shell!r}, shell=True)")
+    started = int((tmp_path / "pid").read_text())
+    wait_for(lambda: not psutil.pid_exists(started) or not is_alive(psutil.Process(started)))
+
+
 @pytest.mark.parametrize(("how", "says"), [("exit", "exit code 9"), ("crash", "signal 11")])
 def test_a_worker_that_dies_is_an_error_and_the_next_call_works(scorer, how, says):
     with pytest.raises(RewardError, match=rf"'sum-7' ended its worker process \({says}"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from some_rewards import Judge, Restless, RestlessJudge
+from some_rewards import DoesWhatItIsTold, Judge, Restless, RestlessJudge
 
 from copris_lightning.errors import RewardError
 from copris_lightning.rollout.filters import ZeroVarianceFilter
@@ -57,4 +57,17 @@ def test_a_reward_that_hangs_fails_the_stage_within_its_limit(rollout):
     with pytest.raises(RewardError, match=r"'p\d+' took longer than.*timeout_s=1.0"):
         run.collect()
     assert run.buffer.in_flight == 0
+    scorer.close()
+
+
+@pytest.mark.parametrize("reward", [DoesWhatItIsTold(), Judge()], ids=["plain", "async"])
+def test_a_reward_that_exits_fails_the_stage_and_not_the_thread(rollout, reward):
+    scorer = RewardScorer(Scoring(reward))
+    asked = iter(["raise SystemExit('no licence')"])
+    run = rollout(**SHAPE, scorer=scorer, decode=lambda token_ids: next(asked, "value 1"))
+    with pytest.raises(RewardError, match=r"'p\d+' raised SystemExit\('no licence'\)") as caught:
+        run.collect()
+    assert isinstance(caught.value.__cause__, SystemExit)
+    assert run.buffer.in_flight == 0
+    run.collect()  # the loop goes on
     scorer.close()

@@ -52,17 +52,32 @@ class Served:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        cores = sorted(os.sched_getaffinity(0))
-        command = [sys.executable, "-m", "copris_lightning", "serve", "--model", str(checkpoint)]
-        self.process = subprocess.Popen(
-            [*command, "--port", str(self.port), *SMALL],
-            # Each server's worker would bind itself to the same core.
-            env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(cores[core % len(cores)])},
-            stdout=log.open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
         self.started: list[psutil.Process] = []
+        self._checkpoint = checkpoint
+        cores = sorted(os.sched_getaffinity(0))
+        self._core = cores[core % len(cores)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The server's own process."""
+        assert self._process is not None, "it was not started"
+        return self._process
+
+    def start(self) -> None:
+        """Begin to boot, unless it runs."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        command = [sys.executable, "-m", "copris_lightning", "serve"]
+        with self.log.open("a") as log:
+            self._process = subprocess.Popen(
+                [*command, "--model", str(self._checkpoint), "--port", str(self.port), *SMALL],
+                # Each server's worker would bind itself to the same core.
+                env={**os.environ, "VLLM_CPU_OMP_THREADS_BIND": str(self._core)},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + DEADLINE_S
@@ -101,6 +116,8 @@ class Served:
 
     def end(self) -> None:
         """As gently as it lets itself be ended: killed at once, it would leave shared memory."""
+        if self._process is None:
+            return
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from copris_lightning.engines.engine import Engine
 
@@ -38,3 +39,11 @@ def sync(
     send(engine, call, weights)
     call(engine.release(version))
     return version
+
+
+def changed(model: nn.Module) -> nn.Module:
+    """The model as another policy: each of its parameters moves."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from copris_lightning.datamodules.prompts.literals import Unreadable, plain_text, shown
@@ -9,6 +11,39 @@ from copris_lightning.datamodules.prompts.messages import UnusablePrompt, conver
 from copris_lightning.datamodules.prompts.tables import Table, open_table
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which of a data set's columns is what.
+
+    Attributes:
+        prompt: the prompt: text, or a list of chat messages.
+        answer: what the reward compares with; ``None`` if there is none.
+        id: the prompt's id; by default the row's index is used.
+    """
+
+    prompt: str = "prompt"
+    answer: str | None = "answer"
+    id: str | None = None
+
+    @property
+    def texts(self) -> set[str]:
+        """Those that are read as text, whatever the file's format."""
+        named = {column for column in (self.answer, self.id) if column is not None}
+        return named - {self.prompt}
+
+    def check(self, known: Sequence[str]) -> None:
+        """Refuse a column that the data set has not.
+
+        Raises:
+            ConfigurationError: names it, and those that there are.
+        """
+        for name, column in vars(self).items():
+            if column is not None and column not in known:
+                raise ConfigurationError(
+                    f"columns.{name}={column!r}: the data set has the columns {', '.join(known)}"
+                )
 
 
 class DatasetPrompts:
@@ -27,9 +62,7 @@ class DatasetPrompts:
     Args:
         path: as for ``datasets.load_dataset``: a hub name, a folder, or ``json``, ``csv``,
             ``parquet`` together with ``data_files``.
-        prompt_column: holds the prompt: text, or a list of chat messages.
-        answer_column: holds what the reward compares with; ``null`` if there is none.
-        id_column: holds the prompt's id; by default the row's index is used.
+        columns: which of its columns is the prompt, the answer and the id.
         name: the data set's configuration.
         split: which part of it, as in ``train[:10%]``.
         data_files: local files; patterns such as ``data/*.jsonl`` are allowed.
@@ -43,9 +76,7 @@ class DatasetPrompts:
     def __init__(
         self,
         path: str,
-        prompt_column: str = "prompt",
-        answer_column: str | None = "answer",
-        id_column: str | None = None,
+        columns: Columns = Columns(),
         name: str | None = None,
         split: str = "train",
         data_files: str | list[str] | None = None,
@@ -53,21 +84,8 @@ class DatasetPrompts:
         instruction: str = "",
     ) -> None:
         self._rows: Table = open_table(path, name=name, split=split, data_files=data_files)
-        for key, column in (
-            ("prompt_column", prompt_column),
-            ("answer_column", answer_column),
-            ("id_column", id_column),
-        ):
-            if column is not None and column not in self._rows.columns:
-                raise ConfigurationError(
-                    f"{key}={column!r}: the data set has the columns "
-                    f"{', '.join(self._rows.columns)}"
-                )
-        self._prompt_column = prompt_column
-        self._answer_column = answer_column
-        self._id_column = id_column
-        read_as_text = {answer_column, id_column} - {prompt_column}
-        self._texts = {column for column in read_as_text if column is not None}
+        columns.check(self._rows.columns)
+        self._columns = columns
         self._as_chat = as_chat
         self._instruction = instruction
 
@@ -77,7 +95,7 @@ class DatasetPrompts:
 
     def place_of(self, index: int) -> str:
         """File, line and column of a prompt, for errors."""
-        return f"{self._rows.where(index)}, column {self._prompt_column!r}"
+        return f"{self._rows.where(index)}, column {self._columns.prompt!r}"
 
     def __getitem__(self, index: int) -> Prompt:
         """The prompt of a row; columns that are nothing else are in its ``extra``.
@@ -87,12 +105,12 @@ class DatasetPrompts:
         """
         name, column = "", None
         try:
-            row = self._rows.values(index, without=self._texts)
-            column = self._id_column
+            row = self._rows.values(index, without=self._columns.texts)
+            column = self._columns.id
             name = self._id(index)
-            column = self._answer_column
+            column = self._columns.answer
             answer = self._rows.text(index, column) if column else None
-            column = self._prompt_column
+            column = self._columns.prompt
             if column not in row:
                 raise Unreadable("is missing")
             prompt = self._content(row[column])
@@ -101,13 +119,13 @@ class DatasetPrompts:
             raise ConfigurationError(
                 f"{', '.join(place)}{f' (id {name!r})' if name else ''}: {error}"
             ) from None
-        row.pop(self._prompt_column)
+        row.pop(self._columns.prompt)
         return Prompt(name, **prompt, answer=answer, extra=row)
 
     def _id(self, index: int) -> str:
-        if self._id_column is None:
+        if self._columns.id is None:
             return f"{index:08d}"
-        name = self._rows.text(index, self._id_column)
+        name = self._rows.text(index, self._columns.id)
         if not isinstance(name, str) or not name:
             raise Unreadable(f"is {shown(name) if name != '' else 'empty'}, which is no id")
         return name

@@ -32,5 +32,5 @@ def check_ids(ids: Iterable[tuple[int, str]], key: str) -> None:
     raise ConfigurationError(
         f"{key}: {len(doubled)} {'id is' if len(doubled) == 1 else 'ids are'} not unique: {shown}"
         f"{'; ...' if len(doubled) > 3 else ''} (counted from 0). Ledger and checkpoints name "
-        f"prompts by id: choose another {key}.id_column, or leave it out to use the row"
+        f"prompts by id: choose another {key}.columns.id, or leave it out to use the row"
     )

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from simulated_fits import build
 from some_rewards import WritesDown
 
-from copris_lightning.datamodules.prompts.dataset import DatasetPrompts
+from copris_lightning.datamodules.prompts.dataset import Columns, DatasetPrompts
 from copris_lightning.datamodules.prompts.inspection import usable_prompts
 from copris_lightning.datamodules.prompts.stream import PromptEncoder, PromptStream
 from copris_lightning.errors import ConfigurationError
@@ -181,7 +181,7 @@ Expected = list[tuple[str, str, Any, dict[str, Any]] | None]
 def check(path: str, kind: str, expected: Expected) -> None:
     """Read a file: it gives exactly these rows, or is refused for exactly those that are none."""
     encode = PromptEncoder(TOKENIZER, max_prompt_tokens=LIMIT, key="task.prompts")
-    source = DatasetPrompts(kind, data_files=path, id_column="id")
+    source = DatasetPrompts(kind, data_files=path, columns=Columns(id="id"))
     bad = expected.count(None)
     event(f"{kind}: {'some rows are refused' if bad else 'all rows are used'}")
     if bad:
@@ -341,7 +341,7 @@ def test_a_run_trains_on_such_rows_or_refuses_them(tiny_checkpoint, found):
         path = Path(folder, "rows.jsonl")
         path.write_text("\n".join(keyed(row).literal for row in found), encoding="utf-8")
         reward = WritesDown(str(Path(folder, "seen")))
-        source = DatasetPrompts("json", data_files=str(path), id_column="id")
+        source = DatasetPrompts("json", data_files=str(path), columns=Columns(id="id"))
         data = {"prompts": source, "reward": reward, "cap": 4, "groups": 2}
         trainer, module, datamodule, _ = build(
             tiny_checkpoint, Path(folder), data=data, max_steps=1

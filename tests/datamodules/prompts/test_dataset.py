@@ -8,7 +8,7 @@ import json
 import datasets
 import pytest
 
-from copris_lightning.datamodules.prompts.dataset import DatasetPrompts
+from copris_lightning.datamodules.prompts.dataset import Columns, DatasetPrompts
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
 
@@ -65,12 +65,12 @@ def test_several_files_are_read_one_after_another(write):
 
 def test_columns_are_chosen_by_name(write):
     rows = [{"question": "q", "solution": 7, "uid": 12}]
-    prompts = load(write(rows), prompt_column="question", answer_column="solution", id_column="uid")
+    prompts = load(write(rows), columns=Columns("question", "solution", "uid"))
     assert prompts[0] == Prompt("12", text="q", answer="7", extra={})
 
 
 def test_a_data_set_without_answers_is_fine_if_told_so(write):
-    prompts = load(write([{"prompt": "q"}]), answer_column=None)
+    prompts = load(write([{"prompt": "q"}]), columns=Columns(answer=None))
     assert prompts[0] == Prompt("00000000", text="q", answer=None)
 
 
@@ -93,12 +93,12 @@ def test_chat_messages_stay_messages(write):
 
 @pytest.mark.parametrize(
     ("setting", "column"),
-    [("prompt_column", "question"), ("answer_column", "solution"), ("id_column", "uid")],
+    [("prompt", "question"), ("answer", "solution"), ("id", "uid")],
 )
 def test_a_missing_column_is_an_error_that_names_key_and_columns(write, setting, column):
     with pytest.raises(ConfigurationError) as caught:
-        load(write(), **{setting: column})
-    assert f"{setting}={column!r}" in str(caught.value)
+        load(write(), columns=Columns(**{setting: column}))
+    assert f"columns.{setting}={column!r}" in str(caught.value)
     assert "prompt, answer, name, level" in str(caught.value)
 
 
@@ -147,7 +147,7 @@ def test_an_answer_that_is_null_or_absent_is_none(raw):
 @pytest.mark.parametrize("literal", [*LITERALS, "", " 2 ", "0x1F", "null", "nan", "a\tb"])
 def test_a_cell_of_csv_is_its_text(raw, literal):
     path = raw(f"prompt,answer,id\nq,{literal},001\nr,2,002\n", "rows.csv")
-    prompts = DatasetPrompts("csv", data_files=path, id_column="id")
+    prompts = DatasetPrompts("csv", data_files=path, columns=Columns(id="id"))
     assert prompts[0] == Prompt("001", text="q", answer=literal)
     assert prompts[1] == Prompt("002", text="r", answer="2")
 
@@ -172,13 +172,13 @@ def test_a_long_cell_of_csv_is_read_and_the_modules_limit_left_alone(raw):
 
 def test_ids_are_as_they_are_written(raw):
     rows = '{"prompt": "q", "answer": 1, "id": 1.0}\n{"prompt": "q", "answer": 1, "id": "007"}'
-    prompts = load(raw(rows), id_column="id")
+    prompts = load(raw(rows), columns=Columns(id="id"))
     assert [prompts[i].id for i in range(2)] == ["1.0", "007"]
 
 
 @pytest.mark.parametrize("value", ["null", '""', "[1]", '{"a": 1}'])
 def test_what_cannot_be_an_id_is_refused(raw, value):
-    prompts = load(raw('{"prompt": "q", "answer": 1, "id": %s}' % value), id_column="id")  # noqa: UP031
+    prompts = load(raw('{"prompt": "q", "answer": 1, "id": %s}' % value), columns=Columns(id="id"))  # noqa: UP031
     with pytest.raises(ConfigurationError, match=r"rows.jsonl, line 1, column 'id': .*is no id"):
         prompts[0]
 

@@ -47,7 +47,7 @@ def test_a_fit_refuses_them_before_anything_starts(
     if key != "task":
         held = {"evaluations": {"some": Evaluation(twice)}}
     trainer, module, data, log = build(tiny_checkpoint, tmp_path, data=held)
-    says = rf"^{key}.prompts: 1 id is not unique: 'p002' in rows 2, 23 .*id_column"
+    says = rf"^{key}.prompts: 1 id is not unique: 'p002' in rows 2, 23 .*columns\.id"
     with pytest.raises(ConfigurationError, match=says):
         trainer.fit(module, datamodule=data)
     assert data.session is None

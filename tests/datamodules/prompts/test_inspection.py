@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from copris_lightning import DatasetPrompts, Template
+from copris_lightning import Columns, DatasetPrompts, Template
 from copris_lightning.__main__ import main
 from copris_lightning.datamodules.prompts.inspection import usable_prompts
 from copris_lightning.datamodules.prompts.stream import PromptEncoder
@@ -139,9 +139,7 @@ def test_rows_of_a_file_are_named_by_line_column_and_id(tmp_path):
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)) + "\nnonsense")
-    source = DatasetPrompts(
-        "json", prompt_column="q", answer_column="a", id_column="uid", data_files=str(path)
-    )
+    source = DatasetPrompts("json", Columns(prompt="q", answer="a", id="uid"), data_files=str(path))
     encode = PromptEncoder(character_tokenizer(), max_prompt_tokens=20, key=KEY)
     with pytest.raises(ConfigurationError) as caught:
         usable_prompts(source, encode, skip_long=False)
@@ -175,8 +173,7 @@ def test_the_command_line_ends_with_status_2_before_the_engine_starts(
         "init_args": {
             "path": "json",
             "data_files": "rows.jsonl",
-            "prompt_column": "q",
-            "answer_column": None,
+            "columns": {"prompt": "q", "answer": None},
         },
     }
     holder: dict[str, object] = {"task": {"prompts": prompts}}

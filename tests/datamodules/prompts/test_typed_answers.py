@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from copris_lightning.datamodules.prompts.dataset import DatasetPrompts
+from copris_lightning.datamodules.prompts.dataset import Columns, DatasetPrompts
 from copris_lightning.errors import ConfigurationError
 
 DAY = datetime.date(2024, 2, 29)
@@ -105,6 +105,6 @@ def test_fields_that_tables_fill_up_with_are_no_fields_of_a_message(tmp_path, an
     ]
     pq.write_table(pa.table({"prompt": rows}), tmp_path / "chat.parquet")
     path = str(tmp_path / "chat.parquet")
-    prompts = DatasetPrompts("parquet", data_files=path, answer_column=None)
+    prompts = DatasetPrompts("parquet", data_files=path, columns=Columns(answer=None))
     assert prompts[0].messages == ({"role": "user", "content": "a"},)
     assert prompts[1].messages == ({"role": "user", "content": "b", "name": "n"},)
