@@ -34,6 +34,11 @@ class Host(Protocol):
         """Whether streams end by a hold now, and none may be opened."""
         ...
 
+    @property
+    def keeps(self) -> bool:
+        """Whether streams outlive holds, so that labels may change until they end."""
+        ...
+
     def request_id(self, key: Key) -> str:
         """A name that no request had before."""
         ...
@@ -134,16 +139,20 @@ class Episode:
         async with aclosing(self._host.engine.stream(request)) as chunks:
             async for chunk in chunks:
                 received += len(chunk.token_ids)
-                if self._receive(chunk, start, received):
+                is_over = trajectory.finish_reason is None and self._receive(chunk)
+                if chunk.ending is not None:
+                    self._label(chunk, start, received)
+                if is_over or chunk.ending is not None:
                     return
         raise EngineError(f"the engine's stream ended after {received} tokens without saying why")
 
-    def _receive(self, chunk: Chunk, start: int, received: int) -> bool:
+    def _receive(self, chunk: Chunk) -> bool:
         """Keep a chunk, up to the token that completes a stop string: the response ends with it.
-        (The engine, which does not know, is told by closing its stream.)
+        (The engine, which does not know, is told by closing its stream; the labels stay what was
+        known of them.)
 
         Returns:
-            whether the stream is over.
+            whether nothing more is to be read.
         """
         if chunk.ending not in (None, "stop", "length", "held"):
             raise EngineError(f"the engine ended the response by itself: {chunk.ending}")
@@ -152,9 +161,8 @@ class Episode:
         end = self._watch.first_end(chunk.token_ids) if self._watch else None
         kept = len(chunk.token_ids) if end is None else end
         is_finished = self._host.received(self.key, chunk, kept, stops=end is not None)
-        if chunk.ending is not None:
-            self._label(chunk, start, received)
-        return is_finished or chunk.ending is not None
+        # The engine's word on who made it may still come, and may change its labels.
+        return is_finished and (end is not None or not self._host.keeps)
 
     def _label(self, chunk: Chunk, start: int, received: int) -> None:
         """Take the engine's word on who made which token of its stream."""

@@ -160,7 +160,7 @@ class RolloutScheduler:
                 )
             self._changed.clear()
             await self._changed.wait()
-        self.wants_work = self.shared.streams and not self.is_alone
+        self.wants_work = self._goes_on
         self._raise_failure()
 
     # -- starting work ---------------------------------------------------------------------
@@ -216,6 +216,12 @@ class RolloutScheduler:
     # -- what episodes tell ----------------------------------------------------------------
 
     @property
+    def _goes_on(self) -> bool:
+        """Whether it generates between two takes; also before the first, in a run that goes on
+        within a batch."""
+        return self.shared.streams and not self.is_alone
+
+    @property
     def engine(self) -> Engine:
         """What generates."""
         return self.shared.engine
@@ -224,6 +230,11 @@ class RolloutScheduler:
     def has_ended(self) -> bool:
         """Whether streams end now, and none may be opened."""
         return self.shared.has_ended
+
+    @property
+    def keeps(self) -> bool:
+        """Whether streams outlive holds."""
+        return self.shared.keeps
 
     def request_id(self, key: Key) -> str:
         """A name that no request had before."""
@@ -257,7 +268,7 @@ class RolloutScheduler:
         before = between(trajectory.segments, start, trajectory.response_length)
         self.buffer.relabel(key, start, spans)
         after = between(trajectory.segments, start, trajectory.response_length)
-        if before != after and not self.shared.keeps:
+        if before != after and not self.keeps:
             raise EngineError(f"tokens are labelled {before}, and the engine says {after}")
 
     def left(self, key: Key) -> None:
@@ -272,7 +283,7 @@ class RolloutScheduler:
         self._emit("score", key)
         if is_complete:
             self._filter(key)
-        if self.buffer.can_take() and not self.shared.streams:
+        if self.buffer.can_take() and not self._goes_on:
             self.wants_work = False  # nothing is started for a stage that is about to end
         self._changed.set()
 
@@ -295,6 +306,7 @@ class RolloutScheduler:
         """Tokens to come may bear ``version``. (A loaded buffer may be ahead of an engine that
         awaits its first weights.)"""
         self.buffer.advance(max(version, self.buffer.version))
+        self.wants_work |= self._goes_on
         self._changed.set()
 
     async def settle(self, *, force: bool = False) -> None:

@@ -65,6 +65,12 @@ class CountingPrompts:
         self.taken += 1
         return self.get(self.taken - 1)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.taken = state["taken"]
+
     def prompt(self, index: int) -> Prompt:
         return self.get(index).prompt
 
@@ -103,9 +109,13 @@ class Rollout:
         stops: tuple[str, ...] = (),
         accept: Accept = lambda group: True,
         logprobs: bool = True,
+        keeps: bool = False,
+        streams: bool = False,
+        training_s: float = 0.0,
+        is_alone: bool = False,
     ) -> None:
         self.seed = seed
-        self.loop = loop or VirtualClockLoop()
+        self.loop = loop or VirtualClockLoop(training_s)
         self.prompts = CountingPrompts(prompts)
         self.events: list[Event] = []
         self.watchers: list[Callable[[Event], None]] = []
@@ -123,7 +133,7 @@ class Rollout:
                 lengths = LengthModel(median, sigma)
                 engine = RecordingEngine(lengths, faults or Faults(), stream_interval)
                 self.run(engine.start(EngineSpec("none", cap, max_new_tokens + 10, VOCAB)))
-            shared = SharedEngine(engine, cap)
+            shared = SharedEngine(engine, cap, keeps=keeps, streams=streams)
         self.shared = shared
         self.engine: Any = shared.engine
         task = Task(
@@ -136,7 +146,9 @@ class Rollout:
             seed=seed,
             name=name,
         )
-        self.scheduler = RolloutScheduler(shared, self.buffer, task, self._observe)
+        self.scheduler = RolloutScheduler(
+            shared, self.buffer, task, self._observe, is_alone=is_alone
+        )
 
     def _observe(self, event: Event) -> None:
         self.events.append(event)
@@ -173,6 +185,10 @@ class Rollout:
             self.run(self.scheduler.close())
             self.run(self.engine.close())
             self.loop.close()
+
+    def end_streams(self) -> None:
+        """Have every token in the buffer, with its label."""
+        self.run(self.shared.end_streams())
 
     # -- looking ---------------------------------------------------------------------------
 
