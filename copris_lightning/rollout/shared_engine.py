@@ -126,7 +126,8 @@ class SharedEngine:
         await self._stop("kept" if self.keeps else "ended")
 
     async def release(self, version: int) -> None:
-        """Generate under ``version``, at once if somebody wants it, or from the next stage on.
+        """Generate under ``version``; streams that were kept go on with the next stage, or at once
+        if somebody wants work.
 
         Raises:
             EngineError: the engine failed.
@@ -134,7 +135,10 @@ class SharedEngine:
         self.version, self._awaits_release, self._has_new_weights = version, False, True
         for tenant in self._tenants:
             tenant.released(version)
-        await self.go_on()
+        if self.keeps:
+            await self.go_on()
+        else:  # nothing is there to go on before its time
+            await _finish(self._run())
 
     async def go_on(self) -> None:
         """Generate, if somebody wants it: who waits for a batch or, where the engine streams, who
@@ -151,7 +155,8 @@ class SharedEngine:
             await all_that_takes_no_time()
         if tenant.is_alone and self._alone is None:
             self._alone = tenant
-            await self._stop("ended")
+            if any(other.in_flight for other in self._tenants if other is not tenant):
+                await self._stop("ended")
         await _finish(self._run())
 
     async def end_stage(self, tenant: Tenant) -> None:

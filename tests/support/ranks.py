@@ -12,7 +12,8 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from itertools import chain
+from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,27 @@ def train(
         "cpu_s": time.process_time() - cpu,
         "wall_s": time.perf_counter() - wall,
     }
+
+
+FLOWS: dict[str, dict[str, Any]] = {
+    "staged_fresh": {},
+    "staged_kept": {"kv": "kept"},
+    "streaming_fresh": {"mode": "streaming"},
+    "streaming_kept": {"mode": "streaming", "kv": "kept"},
+}
+
+
+def train_in(flow: str, strategy: str, checkpoint: Path, directory: Path) -> dict[str, Any]:
+    """As :func:`train`, in a flow."""
+    data = {**FLOWS[flow], "max_staleness": 2}
+    return train(strategy, checkpoint, directory, data=data, max_steps=4)
+
+
+IN_FLOWS = {
+    f"{strategy}_{flow}": partial(train_in, flow, strategy)
+    for strategy, flow in product(("ddp", "fsdp2"), FLOWS)
+}
+"""Scenarios of ``tests/test_fit_flows.py``."""
 
 
 @scenario
@@ -346,4 +368,4 @@ def main(scenarios: dict[str, Callable[[Path, Path], Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(SCENARIOS)
+    main({**SCENARIOS, **IN_FLOWS})
