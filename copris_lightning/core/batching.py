@@ -37,7 +37,7 @@ class MicroBatch:
         advantages: ``[B]``.
         included: ``[B]``, false for trajectories that are left out of the loss.
         mismatch: ``[B, R]``, log of trainer over engine probability, 0 at padding; ``None`` where
-            only the engine's are known.
+            not both are known.
         proximal_logprobs: ``[B, R]``, 0 at padding; ``None`` unless asked for.
         names: ``[B]``, what to call each trajectory in messages.
         policy_version: the version being trained.
@@ -190,7 +190,7 @@ def collate(
     mask = length_mask(responses, max(1, int(responses.max())))
     behavior = torch.zeros(mask.shape) if source is None else _logprobs(trajectories, source, mask)
     mismatch = proximal = None
-    if source == "trainer":
+    if source == "trainer" and not any(t.missing("engine") for t in trajectories):
         mismatch = behavior - _logprobs(trajectories, "engine", mask)
     if not any(t.missing("proximal") for t in trajectories):
         proximal = _logprobs(trajectories, "proximal", mask)

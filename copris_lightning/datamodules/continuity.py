@@ -18,6 +18,7 @@ from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.prompts.stream import PromptStream
 from copris_lightning.datamodules.settings import RolloutSettings
+from copris_lightning.engines.engine import Decoding
 from copris_lightning.errors import ConfigurationError
 
 LAYOUT = 3
@@ -34,6 +35,7 @@ class Continuity:
         stop_token_ids: tokens that end a response.
         prompts: the training prompts.
         identity: of these.
+        asks_logprobs: whether the engine's log-probs are used, and so asked for.
     """
 
     settings: RolloutSettings
@@ -41,6 +43,12 @@ class Continuity:
     stop_token_ids: tuple[int, ...]
     prompts: PromptStream
     identity: DataIdentity
+    asks_logprobs: bool
+
+    @property
+    def decoding(self) -> Decoding:
+        """How the engine is asked for tokens."""
+        return Decoding(self.settings.task.sampling, logprobs=self.asks_logprobs)
 
     def new_buffer(self) -> CarryOverBuffer:
         """An empty buffer for this run."""
@@ -127,6 +135,14 @@ class Continuity:
         was, now = state["behavior_logprobs"], self.settings.flow.behavior_logprobs
         if unscored and was == "engine" and now == "trainer":
             self._same("flow.behavior_logprobs", was, now, "responses begun under older weights")
+        unknown = sum(len(r["logprobs"].get("engine", ())) < len(r["tokens"]) for r in begun)
+        if unknown and self.asks_logprobs:
+            user = "flow.behavior_logprobs" if now == "engine" else "estimator.corrections"
+            raise ConfigurationError(
+                f"{user} needs the engine's log-probs, and the checkpoint holds {unknown} "
+                "responses for which they were not asked; keep what it was saved with, or start a "
+                "new run (without ckpt_path)"
+            )
         scored = sum((row["outcome"] or {}).get("verdict") is not None for row in rows)
         if scored:
             held = f"{scored} responses of its groups"

@@ -21,7 +21,6 @@ from copris_lightning.datamodules.ranks import Ranks
 from copris_lightning.datamodules.scoring import score_behavior, score_proximal
 from copris_lightning.datamodules.stage_meter import RolloutProgress, StageMeter
 from copris_lightning.datamodules.steps import epoch_micro_batches
-from copris_lightning.engines.engine import Decoding
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.figures import TokenBalance
 from copris_lightning.rollout.filters import ZeroVarianceFilter
@@ -277,6 +276,9 @@ class Feed:
         """On rank 0, each rank's batch: divided, if the checkpoint was taken within it."""
         assert self.scheduler is not None
         self.scheduler.buffer.load_state_dict(state["buffer"])
+        if not self._run.asks_logprobs:
+            for trajectory in self.scheduler.buffer.trajectories():
+                trajectory.logprobs.pop("engine", None)  # its next tokens come without
         batch = Batch(
             index=state["batch_index"],
             version=state["policy_version"],
@@ -315,7 +317,7 @@ def _scheduler(
     return session.new_scheduler(
         run.new_buffer(),
         run.prompts,
-        decoding=Decoding(settings.task.sampling),
+        decoding=run.decoding,
         seed=settings.seed,
         name="train",
         accept=accept,

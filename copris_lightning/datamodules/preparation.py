@@ -39,6 +39,7 @@ class Preparation:
         training: the training prompts, in ``fit``.
         identity: of these.
         evaluations: the prompts of the evaluations that belong to the command, by name.
+        asks_logprobs: whether training uses the engine's log-probs.
     """
 
     settings: RolloutSettings
@@ -49,6 +50,7 @@ class Preparation:
     training: PromptStream | None
     identity: DataIdentity | None
     evaluations: dict[str, PromptStream]
+    asks_logprobs: bool
 
     @property
     def probe_tokens(self) -> int:
@@ -85,6 +87,7 @@ class Preparation:
             stop_token_ids=self.stop_token_ids(self.settings.task.sampling),
             prompts=self.training,
             identity=self.identity,
+            asks_logprobs=self.asks_logprobs,
         )
 
 
@@ -133,7 +136,15 @@ def prepare(settings: RolloutSettings, model: str, trainer: Any, stage: str) -> 
         training=training,
         identity=None if training is None else DataIdentity.of(training),
         evaluations=_evaluations(settings, tokenizer, stage),
+        asks_logprobs=_asks_logprobs(settings, module),
     )
+
+
+def _asks_logprobs(settings: RolloutSettings, module: Any) -> bool:
+    if settings.flow.behavior_logprobs == "engine":
+        return True
+    estimator = getattr(module, "estimator", None)
+    return bool(estimator is not None and estimator.needs_mismatch)
 
 
 def _evaluations(

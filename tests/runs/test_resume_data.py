@@ -14,6 +14,7 @@ from simulated_fits import build, ledger
 from some_rewards import another, by_answer
 
 from copris_lightning import Evaluation, Sampling
+from copris_lightning.core.estimator.corrections import Truncation
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
 
@@ -133,6 +134,37 @@ def test_logprobs_that_only_older_weights_could_give_are_not_recomputed(
     fit(tiny_checkpoint, tmp_path, callbacks=[SaveAt(file, 4)], data=data)
     with pytest.raises(ConfigurationError, match=r"behavior_logprobs=trainer .* engine"):
         fit(tiny_checkpoint, tmp_path, file)
+
+
+def test_logprobs_of_the_engine_that_nobody_asked_for_cannot_be_asked_for_later(
+    tiny_checkpoint: Path, tmp_path: Path, cut: Path
+) -> None:
+    settings = {"prompts": Rows(rows()), "reward": by_answer, **SIZES}
+    for change, key in (
+        ({"data": {"behavior_logprobs": "engine"}}, r"flow\.behavior_logprobs needs"),
+        ({"model": {"corrections": [Truncation()]}}, r"estimator\.corrections needs"),
+    ):
+        data = {**settings, **change.get("data", {})}
+        trainer, module, datamodule, log = build(
+            tiny_checkpoint, tmp_path, data=data, model=change.get("model")
+        )
+        with pytest.raises(ConfigurationError, match=key):
+            trainer.fit(module, datamodule, ckpt_path=cut)
+        assert log == []
+
+
+def test_logprobs_of_the_engine_that_are_used_no_longer_are_let_go(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "measured.ckpt"
+    measured = {"corrections": [Truncation(apply=False)]}
+    weights, whole = fit(tiny_checkpoint, tmp_path / "whole")
+    fit(tiny_checkpoint, tmp_path, callbacks=[SaveAt(file, 4)], model=measured)
+    resumed, rest = fit(tiny_checkpoint, tmp_path / "resumed", file)
+    assert rest
+    assert rest == whole[-len(rest) :]
+    for name, weight in weights.items():
+        assert torch.equal(resumed[name], weight)
 
 
 @pytest.mark.parametrize(
