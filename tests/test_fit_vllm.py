@@ -31,6 +31,7 @@ SIZES: dict[str, Any] = {
     "groups": 4,
     "group_size": 2,
     "max_prompt_tokens": 16,
+    "timeout_s": 120.0,  # a machine that takes pages away from idle processes lets them wait
     "max_new_tokens": 96,
 }
 
