@@ -36,7 +36,7 @@ SIZES: dict[str, Any] = {
 }
 
 
-FEW: dict[str, Any] = {"cap": 4, "max_new_tokens": 240}
+FEW: dict[str, Any] = {"cap": 4, "max_staleness": 1, "max_new_tokens": 240}
 """Fewer in flight than a batch takes: while rewards are awaited, not many batches' worth of
 responses can finish, and what a stage cuts is in one of the next batches."""
 
