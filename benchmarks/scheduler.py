@@ -19,6 +19,7 @@ import gc
 import itertools
 import time
 import tracemalloc
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -59,7 +60,7 @@ async def reward(response: str, prompt: Prompt) -> float:
     return 1.0
 
 
-class Setup:
+class Setup(ABC):
     """An engine that makes a token per trajectory and virtual second, and who asks for them."""
 
     def __init__(self, in_flight: int) -> None:
@@ -68,15 +69,12 @@ class Setup:
         self.loop = self.engine.new_event_loop()
         spec = EngineSpec("none", in_flight, len(PROMPT) + MAX_TOKENS, VOCAB)
         self.loop.run_until_complete(self.engine.start(spec))
-        self.begin()
         self._work = [self.loop.create_task(work) for work in self.consumers()]
         self.run(2)
 
-    def begin(self) -> None:
-        """Have the engine run."""
-
+    @abstractmethod
     def consumers(self) -> Iterator[Coroutine[Any, Any, Any]]:
-        raise NotImplementedError
+        """Whoever asks the engine, which is held."""
 
     def run(self, steps: int) -> tuple[float, int]:
         """Seconds that so many decoding steps took, and the chunks that they brought."""
@@ -96,10 +94,8 @@ class Setup:
 class EngineAlone(Setup):
     """As many requests as are to be in flight; one that ends is followed by another."""
 
-    def begin(self) -> None:
-        self.loop.run_until_complete(self.engine.release(0))
-
     def consumers(self) -> Iterator[Coroutine[Any, Any, Any]]:
+        self.loop.run_until_complete(self.engine.release(0))
         numbers = itertools.count()
         return (self._consume(numbers) for _ in range(self.in_flight))
 

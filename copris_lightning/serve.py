@@ -8,6 +8,8 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from copris_lightning.engines.owner import OWNER_VARIABLE, this_process
 from copris_lightning.search_path import SAFE_PATH, SET_HERE, append_for_server
@@ -17,6 +19,9 @@ _SET_HERE = {
     "--logprobs-mode": "processed_logprobs",
     "--worker-extension-cls": "copris_lightning.engines.vllm_worker.CoprisWorkerExtension",
 }
+
+_LAST_ANSWERS_S = 5
+"""How long a server that shuts down waits for the answers that it still owes, in seconds."""
 
 
 def main(args: Sequence[str]) -> int:
@@ -70,7 +75,12 @@ def main(args: Sequence[str]) -> int:
 
 def _become_server() -> None:
     """What the command above starts."""
+    import uvicorn
+
     append_for_server()
+    # A call to an engine that died is never answered, and would be waited for when it shuts down.
+    bounded: Any = partial(uvicorn.Config, timeout_graceful_shutdown=_LAST_ANSWERS_S)
+    uvicorn.Config = bounded  # type: ignore[misc]  # vLLM has no option for it
     runpy.run_module(_VLLM, run_name="__main__", alter_sys=True)
 
 

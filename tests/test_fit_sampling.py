@@ -219,7 +219,7 @@ def test_every_evaluation_is_asked_for_as_set(
     training = [r.decoding for r in engine.requests if r.request_id.startswith("train")]
     assert bool(training) == (command == "fit")
     assert {(*d.sampling.distribution.values(), d.logprobs) for d in training} <= {
-        (1.0, 1.0, 0, True)
+        (1.0, 1.0, 0, False)
     }
 
 

@@ -31,11 +31,12 @@ SIZES: dict[str, Any] = {
     "groups": 4,
     "group_size": 2,
     "max_prompt_tokens": 16,
+    "timeout_s": 120.0,  # two whole runs had a call past 30 s, for a reason not found
     "max_new_tokens": 96,
 }
 
 
-FEW: dict[str, Any] = {"cap": 4, "max_new_tokens": 240}
+FEW: dict[str, Any] = {"cap": 4, "max_staleness": 1, "max_new_tokens": 240}
 """Fewer in flight than a batch takes: while rewards are awaited, not many batches' worth of
 responses can finish, and what a stage cuts is in one of the next batches."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -92,3 +93,38 @@ def test_its_help_warns_and_loads_neither_lightning_nor_torch() -> None:
     assert result.returncode == 0
     assert "trusted networks only" in " ".join(result.stdout.split())
     assert result.stdout.rstrip().endswith("[]")
+
+
+NEVER = """
+import asyncio, sys, uvicorn
+
+async def app(scope, receive, send):
+    print("asked", flush=True)
+    await asyncio.Event().wait()
+
+config = uvicorn.Config(app, fd=int(sys.argv[1]), lifespan="off", log_level="error")
+uvicorn.Server(config).run()
+"""
+"""A server whose engine died: it never answers."""
+
+
+def test_a_server_ends_though_it_owes_an_answer(tmp_path: Path) -> None:
+    (tmp_path / "never.py").write_text(NEVER)
+    start = "from copris_lightning import serve; serve._VLLM = 'never'; serve._become_server()"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = subprocess.Popen(
+            [sys.executable, "-c", start, str(listening.fileno())],
+            pass_fds=[listening.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+            stdout=subprocess.PIPE,
+        )
+        try:
+            with socket.create_connection(listening.getsockname()) as asking:
+                asking.sendall(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
+                assert server.stdout is not None
+                assert server.stdout.readline() == b"asked\n"
+            server.terminate()
+            server.wait(60)  # it would wait for ever
+        finally:
+            server.kill()
+            server.wait()

@@ -13,25 +13,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from copris_lightning.core.segments import Span
-from copris_lightning.engines.engine import Chunk, Ending, EngineSpec, GenerationRequest, Load
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest, Load
 from copris_lightning.engines.gate import Gate
 from copris_lightning.engines.server_client import VLLMServer
 from copris_lightning.engines.server_fleet import Fleet, all_of
 from copris_lightning.engines.server_http import LostError, RefusedError, Timeouts
+from copris_lightning.engines.vllm_requests import ENDINGS
 from copris_lightning.errors import ConfigurationError, EngineError, WeightSyncError
 from copris_lightning.weights.files import FilesTransport, check_hand_over
 from copris_lightning.weights.transport import Run, Transport
 
 _OTHER_FILES = 256
 """Files that a trainer has open besides one connection per trajectory in flight, at most."""
-
-_ENDINGS: dict[str | None, Ending | None] = {
-    None: None,
-    "stop": "stop",
-    "length": "length",
-    "abort": "held",
-}
-"""Of vLLM's finish reasons."""
 
 _log = logging.getLogger(__name__)
 
@@ -162,7 +155,7 @@ class VLLMServerEngine:
                         tokens += piece.token_ids
                         if piece.reason == "abort" and endings == self._gate.endings:
                             raise LostError(f"{server.url} ended a response by itself")
-                        ending = _ENDINGS[piece.reason]
+                        ending = ENDINGS[piece.reason]
                         if ending is not None:
                             spans += self._gate.spans(started, piece.made)
                         yield Chunk(

@@ -102,13 +102,13 @@ class VLLMEngine(VLLMReceiver):
         self._llm: AsyncLLM | None = None
         self._processes = VLLMProcesses(deadlines, hand_over_prefix(sync_directory))
         self._requests = VLLMRequests(self._processes)
-        self._holds = VLLMHolds(self._processes, sleep_level)
+        self.holds = VLLMHolds(self._processes, sleep_level)
         refuse_own(self.engine_args)
 
     @property
     def version(self) -> int:
         """Policy version of the weights that generate now."""
-        return self._holds.gate.version
+        return self.holds.gate.version
 
     @property
     def dtype(self) -> str | None:
@@ -171,7 +171,7 @@ class VLLMEngine(VLLMReceiver):
         }
         if self.backend != "files":
             arguments["weight_transfer_config"] = {"backend": self.backend}
-        self._holds, self._adapter = VLLMHolds(self._processes, self.sleep_level), None
+        self.holds, self._adapter = VLLMHolds(self._processes, self.sleep_level), None
         try:
             self._llm = await self._processes.boot(arguments, self.environment)
         except BaseException:
@@ -183,7 +183,7 @@ class VLLMEngine(VLLMReceiver):
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
         """Stream one response. See :class:`Engine`."""
         params = sampling_params(request, own_seed=self.request_seeds)
-        gate, ending = self._holds.gate, None
+        gate, ending = self.holds.gate, None
         nothing = () if request.decoding.logprobs else None
         # Closed here, not when it is collected: a request that nobody reads any more is aborted
         # before this returns.
@@ -203,7 +203,7 @@ class VLLMEngine(VLLMReceiver):
         before it went in."""
         from vllm.inputs import tokens_input
 
-        gate = self._holds.gate
+        gate = self.holds.gate
         endings = gate.endings
         async with gate.passing(endings) as may_pass:
             if not may_pass:
@@ -242,7 +242,7 @@ class VLLMEngine(VLLMReceiver):
                 raise EngineError(f"{name} was ended before it had been computed")
             return [entries[j][tokens[j]].logprob for j in range(1, len(tokens))]
 
-        async with self._holds.computing(llm):
+        async with self.holds.computing(llm):
             return await asyncio.gather(*map(one, sequences))
 
     def load(self) -> Load | None:
@@ -266,7 +266,7 @@ class VLLMEngine(VLLMReceiver):
                 f"engine.sleep_level={self.sleep_level} gives the memory away in which "
                 "requests would be kept; leave it out"
             )
-        await self._holds.hold(await self._running(), keep=keep)
+        await self.holds.hold(await self._running(), keep=keep)
 
     async def release(self, version: int, *, clear_kv: bool = True) -> None:
         """Generate again. See :class:`Engine`.
@@ -274,7 +274,7 @@ class VLLMEngine(VLLMReceiver):
         Raises:
             EngineError: ``sleep_level=2`` threw the weights away, and none have come since.
         """
-        await self._holds.release(await self._running(), version, clear_kv=clear_kv)
+        await self.holds.release(await self._running(), version, clear_kv=clear_kv)
 
     # -- weights --------------------------------------------------------------------------
 
@@ -301,7 +301,7 @@ class VLLMEngine(VLLMReceiver):
     async def _begin(self) -> AsyncLLM:
         """Get ready for new weights."""
         llm = await self._running()
-        await self._holds.get_ready(llm)
+        await self.holds.get_ready(llm)
         return llm
 
     # -- end -------------------------------------------------------------------------------

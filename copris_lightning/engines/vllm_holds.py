@@ -28,7 +28,7 @@ class VLLMHolds:
     def __init__(self, processes: VLLMProcesses, sleep_level: Literal[1, 2] | None) -> None:
         self.gate = Gate()
         self._processes = processes
-        self._sleep_level = sleep_level
+        self.sleep_level = sleep_level
         self._keeps = False  # whether requests stand in it
         self._asleep: set[str] = set()  # the parts of its memory that it has given away
 
@@ -42,8 +42,8 @@ class VLLMHolds:
         if not self._keeps:
             # Nothing is left to run, and nothing comes through the gate; what scores may.
             await self._go_on(llm)
-        if self._sleep_level is not None and not self._asleep:
-            await self._processes.call(llm.sleep(self._sleep_level), "sleep")
+        if self.sleep_level is not None and not self._asleep:
+            await self._processes.call(llm.sleep(self.sleep_level), "sleep")
             self._asleep = {"weights", "kv_cache"}
 
     async def release(self, llm: AsyncLLM, version: int, *, clear_kv: bool) -> None:
@@ -115,7 +115,7 @@ class VLLMHolds:
             EngineError: there would be no weights in it.
         """
         asleep = [part for part in parts if part in self._asleep]
-        if self._sleep_level == 2 and "weights" in asleep and not for_weights:
+        if self.sleep_level == 2 and "weights" in asleep and not for_weights:
             raise EngineError(
                 "engine.sleep_level=2 threw the weights away, and no sync has come since; use 1"
             )

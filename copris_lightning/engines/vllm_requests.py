@@ -13,13 +13,13 @@ from copris_lightning.errors import EngineError
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-_ENDINGS: dict[str | None, Ending | None] = {
+ENDINGS: dict[str | None, Ending | None] = {
     None: None,
     "stop": "stop",
     "length": "length",
     "abort": "held",
 }
-"""Of vLLM's finish reasons."""
+"""Of the finish reasons of vLLM, and of its servers."""
 
 
 class VLLMRequests:
@@ -81,7 +81,7 @@ def as_chunk(output: Any, started: int, gate: Gate, *, logprobs: bool) -> Chunk:
         logprobs: whether it was asked for them.
     """
     completion = output.outputs[0]
-    ending = _ENDINGS[completion.finish_reason]
+    ending = ENDINGS[completion.finish_reason]
     made = [(s.end - s.start, int(s.version)) for s in completion.weight_versions or ()]
     values: tuple[float, ...] | None = () if logprobs else None
     if logprobs and completion.token_ids:

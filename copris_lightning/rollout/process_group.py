@@ -44,7 +44,7 @@ class ProcessGroup:
                 stdout=printed,
                 stderr=printed,
                 pass_fds=(theirs.fileno(), watched),
-                start_new_session=True,
+                process_group=0,  # not a session: Linux shares processors out among those
             )
         except OSError:
             self.close()

@@ -71,7 +71,10 @@ def test_an_aborted_request_is_not_generated_any_further(
     connected: Connected, servers: list[Served]
 ) -> None:
     engine, call = connected
-    before = sum(server.metric("vllm:generation_tokens_total") for server in servers)
+    many, tokens = 48, 240
+
+    def generated() -> float:
+        return sum(server.metric("vllm:generation_tokens_total") for server in servers)
 
     async def abort_at_the_first_token() -> None:
         tasks: list[asyncio.Task[Any]] = []
@@ -81,20 +84,25 @@ def test_an_aborted_request_is_not_generated_any_further(
                 task.cancel()
 
         tasks += [
-            asyncio.create_task(generate(engine, (5, i), n=240, on_chunk=abort)) for i in range(48)
+            asyncio.create_task(generate(engine, (5, i), n=tokens, on_chunk=abort))
+            for i in range(many)
         ]
         await asyncio.wait(tasks)
         assert all(task.cancelled() for task in tasks)
 
-    call(abort_at_the_first_token())
-    assert [server.in_flight for server in engine.servers] == [0, 0]
-    # So many take some seconds.
-    deadline = time.monotonic() + 10
-    while any(server.metric("vllm:num_requests_running") for server in servers):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    after = sum(server.metric("vllm:generation_tokens_total") for server in servers)
-    assert after - before < 0.5 * 48 * 240
+    def tokens_of_one_try() -> float:
+        before = generated()
+        call(abort_at_the_first_token())
+        assert [server.in_flight for server in engine.servers] == [0, 0]
+        deadline = time.monotonic() + 60
+        while any(server.metric("vllm:num_requests_running") for server in servers):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        return generated() - before
+
+    # A server that gets no processor for a second can end its responses before it reads of the
+    # abort; one that is never told generates all of them, every time.
+    assert any(tokens_of_one_try() < 0.5 * many * tokens for _ in range(5))
 
 
 def test_requests_that_a_server_refuses_are_named(connected: Connected) -> None:

@@ -28,6 +28,7 @@ from copris_lightning import (
     WeightSync,
 )
 from copris_lightning.core.buffer import CarryOverBuffer, Status
+from copris_lightning.core.estimator.corrections import Truncation
 from copris_lightning.engines.engine import Engine
 from copris_lightning.errors import EngineError
 from copris_lightning.rollout.scheduler import Event
@@ -124,7 +125,9 @@ def fit(
         enable_checkpointing=bool(callbacks),
         callbacks=[WeightSync(), TrajectoryLedger(), *callbacks],
     )
-    module = small_module(checkpoint, lr=0.5)
+    module = small_module(
+        checkpoint, lr=0.5, corrections=[Truncation(apply=False)]
+    )  # asks for log-probs
     data = small_data(
         checkpoint, engine, prompts=SomePrompts(200), reward=ShareOfDigits(), cap=20, **SIZES
     )

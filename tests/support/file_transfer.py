@@ -116,7 +116,7 @@ class FileTransferEngine(VLLMEngine):
 
     async def start(self, spec: Any) -> None:
         await super().start(spec)
-        self.sleep_level = 1
+        self.holds.sleep_level = 1
         llm = await self._running()
         for name in ("sleep", "wake_up", "start_weight_update", "finish_weight_update"):
             setattr(llm, name, self._noting(name, getattr(llm, name)))

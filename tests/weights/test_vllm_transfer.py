@@ -85,7 +85,7 @@ def test_weights_that_were_thrown_away_have_to_be_sent_first(
 ) -> None:
     """On a CPU, vLLM goes through the motions of sleeping and keeps its memory."""
     engine, call = running_vllm
-    monkeypatch.setattr(engine, "sleep_level", 2)
+    monkeypatch.setattr(engine.holds, "sleep_level", 2)
     call(engine.hold())
     with pytest.raises(EngineError, match="sleep_level=2 threw the weights away"):
         call(engine.release(engine.version + 1))
