@@ -63,9 +63,9 @@ class LoopThread:
             tasks.append(self._loop.create_task(work))
             tasks[0].add_done_callback(lambda _: finished.set())
 
-        self._loop.call_soon_threadsafe(launch)
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         try:
+            self._loop.call_soon_threadsafe(launch)  # a Ctrl-C may arrive when that is done
             while not finished.wait(every_s):
                 self._check_alive()
                 on_wait()
@@ -79,7 +79,7 @@ class LoopThread:
                 interruption.add_note(
                     f"{_name(work)} was cancelled and has not ended after {CLEANUP_S:g} s"
                 )
-            elif not tasks[0].cancelled():
+            elif tasks and not tasks[0].cancelled():
                 tasks[0].exception()  # seen; the interruption is what gets raised
             raise
         return tasks[0].result()
@@ -89,8 +89,15 @@ class LoopThread:
     ) -> None:
         """Cancel a task and wait for its cleanup, as long as there is hope for one."""
         deadline = time.monotonic() + CLEANUP_S
+
+        def cancel() -> None:
+            if not tasks:  # it was not launched
+                finished.set()
+            for task in tasks:
+                task.cancel()
+
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            self._loop.call_soon_threadsafe(cancel)
         while self._thread.is_alive() and time.monotonic() < deadline:
             if finished.wait(every_s):
                 return

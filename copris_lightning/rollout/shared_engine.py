@@ -9,14 +9,23 @@ only new weights make one.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, Literal, Protocol
 
 from copris_lightning.engines.engine import Engine
-from copris_lightning.engines.virtual_time import all_that_takes_no_time, stand_still, training
+from copris_lightning.engines.virtual_time import (
+    all_that_takes_no_time,
+    stand_still,
+    time_passes,
+    training,
+)
 
 State = Literal["ended", "kept", "runs"]
 """Held, and no stream is open; held with its streams; or not held."""
+
+_GRACE_S = 5.0
+"""How long a switch may go on after whoever waits for it was told to stop, in seconds."""
 
 
 class Tenant(Protocol):
@@ -190,14 +199,20 @@ class SharedEngine:
             aim = self._aim = _less(aim, self._state)
             if aim != self._state:
                 self._state = aim
-                try:
+                async with self._ended_if_it_fails():
                     await self.engine.hold(keep=aim == "kept")
-                except BaseException:
-                    self._state = self._aim = "ended"
-                    await self._settle(force=True)
-                    raise
             if aim == "ended":
                 await self._settle(force=False)
+
+    @asynccontextmanager
+    async def _ended_if_it_fails(self) -> AsyncIterator[None]:
+        """An engine that fails at a switch, or is left in it, generates for nobody any more."""
+        try:
+            yield
+        except BaseException:
+            self._state = self._aim = "ended"
+            await self._settle(force=True)
+            raise
 
     async def _settle(self, *, force: bool) -> None:
         for tenant in self._tenants:
@@ -208,7 +223,8 @@ class SharedEngine:
             if self._awaits_release or self._state == "runs":
                 return
             clear_kv = self._has_new_weights and not self.keeps
-            await self.engine.release(self.version, clear_kv=clear_kv)
+            async with self._ended_if_it_fails():
+                await self.engine.release(self.version, clear_kv=clear_kv)
             self._has_new_weights = False
             self._state = self._aim = "runs"
             self.fill()
@@ -220,11 +236,14 @@ def _less(one: State, other: State) -> State:
 
 
 async def _finish(work: Coroutine[Any, Any, None]) -> None:
-    """Run it to its end, though its caller is cancelled meanwhile."""
+    """Run it to its end, though its caller is cancelled meanwhile; but not for ever."""
     task = asyncio.get_running_loop().create_task(work)
     try:
         await asyncio.shield(task)
     except asyncio.CancelledError:
+        with time_passes():
+            await asyncio.wait([task], timeout=_GRACE_S)
+        task.cancel()  # nothing, if it has ended
         await asyncio.wait([task])
         if not task.cancelled():
             task.exception()  # seen; being cancelled comes first
