@@ -128,6 +128,8 @@ class SharedEngine:
         Raises:
             EngineError: the engine failed.
         """
+        if self.streams:
+            stand_still()
         await training()
         if self.streams:
             await all_that_takes_no_time()
