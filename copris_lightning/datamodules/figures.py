@@ -27,7 +27,10 @@ def stage_figures(stats: StageStats) -> dict[str, float]:
 def response_figures(rows: Sequence[Trajectory]) -> dict[str, float]:
     """Of the batch's trajectories, credited."""
     tokens = sum(t.response_length for t in rows)
+    written = [s for t in rows for s in t.segments if s.version is not None]
+    kv_lag = sum(s.length * ((s.version or 0) - (s.kv_version or 0)) for s in written)
     return {
+        "staleness/kv_lag_mean": kv_lag / max(1, sum(s.length for s in written)),
         "train/reward": mean_reward(rows),
         "train/response_tokens": tokens / len(rows),
         "train/truncated_fraction": sum(t.finish_reason == "length" for t in rows) / len(rows),

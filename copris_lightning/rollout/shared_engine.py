@@ -164,6 +164,8 @@ class SharedEngine:
         if self.streams:
             stand_still()
             await all_that_takes_no_time()
+        if self._alone is not None and not self._alone.wants_work:
+            self._alone = None  # it was not asked for all that it was there for
         if tenant.is_alone and self._alone is None:
             self._alone = tenant
             if any(other.in_flight for other in self._tenants if other is not tenant):
