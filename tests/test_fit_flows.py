@@ -133,5 +133,3 @@ def test_a_correction_of_the_mismatch_is_refused_where_the_trainers_are_not_comp
 ) -> None:
     with pytest.raises(ConfigurationError, match=r"flow\.mode=staged and flow\.kv=fresh"):
         fit(tiny_checkpoint, tmp_path, {"kv": "kept"}, model={"corrections": [Truncation()]})
-
-

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 from holding import PLACES
-
 from runs import Run, quickstart
 
 IN_THE_ENGINE = ("boot", "sync", "stage")

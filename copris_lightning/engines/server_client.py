@@ -168,6 +168,7 @@ class VLLMServer:
         """Generate, under a version."""
         body = {"new_version": str(version)}
         await self._http.ask("POST", "/update_weight_version", body)
+        self._http.rest(False)
         if clear_kv:
             answer = await self._http.ask("POST", "/reset_prefix_cache?reset_running_requests=true")
             if not answer["success"]:
@@ -177,6 +178,7 @@ class VLLMServer:
     async def _pause(self, *, keep: bool) -> None:
         route = f"/pause?mode={'keep' if keep else 'abort'}&clear_cache=false"
         await self._http.ask("POST", route, timeout_s=self._http.timeouts.stall_s)
+        self._http.rest(keep)
 
     async def score(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probs under the model's own distribution of the tokens after the first."""

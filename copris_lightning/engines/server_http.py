@@ -60,9 +60,15 @@ class ServerHTTP:
     def __init__(self, url: str, session: aiohttp.ClientSession, timeouts: Timeouts) -> None:
         self.url = url
         self.timeouts = timeouts
+        self._rests = False
         self._session = session
         self._listening = 0
         self._heard = 0.0
+
+    def rest(self, rests: bool) -> None:
+        """The server was told to send nothing, or no longer."""
+        self._rests = rests
+        self._heard = asyncio.get_running_loop().time()
 
     async def ask(
         self,
@@ -139,11 +145,13 @@ class ServerHTTP:
         """
         loop = asyncio.get_running_loop()
         while True:
+            if self._rests:
+                self._heard = loop.time()
             try:
                 async with asyncio.timeout_at(self._heard + self.timeouts.stall_s):
                     data = await content.readany()  # loses nothing when cancelled
             except TimeoutError:
-                if loop.time() >= self._heard + self.timeouts.stall_s:
+                if not self._rests and loop.time() >= self._heard + self.timeouts.stall_s:
                     raise
             else:
                 self._heard = loop.time()

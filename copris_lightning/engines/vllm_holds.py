@@ -95,8 +95,10 @@ class VLLMHolds:
     async def _pause(self, llm: AsyncLLM, *, keep: bool) -> None:
         pause = llm.pause_generation(mode="keep" if keep else "abort", clear_cache=False)
         await self._processes.call(pause, "pause")
+        self._processes.silence.rest(True)
 
     async def _go_on(self, llm: AsyncLLM) -> None:
+        self._processes.silence.rest(False)
         await self._processes.call(llm.resume_generation(), "go on")
 
     async def _label(self, llm: AsyncLLM, version: int) -> None:

@@ -209,7 +209,13 @@ class SilenceWatch:
         self._too_long = too_long
         self._working = 0
         self._heard = 0.0
+        self._rests = False
         self._next_look: asyncio.TimerHandle | None = None
+
+    def rest(self, rests: bool) -> None:
+        """It was told to send nothing, or no longer."""
+        self._rests = rests
+        self.heard()
 
     @contextmanager
     def working(self) -> Iterator[None]:
@@ -233,7 +239,7 @@ class SilenceWatch:
     def _look(self) -> None:
         """Look now, and again when it may have been silent for too long."""
         loop = asyncio.get_running_loop()
-        left = self._heard + self._limit_s - loop.time()
+        left = self._limit_s if self._rests else self._heard + self._limit_s - loop.time()
         if left > 0:
             self._next_look = loop.call_later(left, self._look)
         else:

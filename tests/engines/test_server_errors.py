@@ -191,6 +191,26 @@ def test_a_server_that_fails_at_a_hold_or_a_release_is_left_out(route: str) -> N
     run(fakes, hold_and_release)
 
 
+@pytest.mark.parametrize("held", [True, False])
+def test_a_server_that_is_held_with_its_responses_may_be_silent(held: bool) -> None:
+    silent = Fake(parts=[[([5], None), 3.0, ([6], "length")]])
+
+    async def work(engine: VLLMServerEngine) -> list[int]:
+        tokens: list[int] = []
+        request = GenerationRequest("name", (3, 4), 2, Decoding(), seed=5)
+        async for chunk in engine.stream(request):
+            tokens += chunk.token_ids
+            if held and len(tokens) == 1:
+                await engine.hold(keep=True)
+        return tokens
+
+    if held:
+        assert run([silent], work, stall_timeout_s=1.0) == [5, 6]
+    else:
+        with pytest.raises(EngineError, match=r"was silent for 1 s"):
+            run([silent], work, stall_timeout_s=1.0)
+
+
 def test_a_logprob_that_json_cannot_hold_is_not_a_number() -> None:
     chunks = run([Fake(parts=[[([9999, 1], "stop")]])], generate)
     assert math.isnan(chunks[0].logprobs[0])

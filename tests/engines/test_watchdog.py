@@ -251,6 +251,14 @@ def test_silence_is_noticed_when_there_is_work_and_only_then(
             watch.heard()
             await asyncio.sleep(50)
         assert noticed == [began + 13]
+        with watch.working():
+            watch.rest(True)
+            await asyncio.sleep(95)
+            watch.rest(False)
+            await asyncio.sleep(9)
+            assert len(noticed) == 1
+            await asyncio.sleep(12)
+        assert len(noticed) == 2
 
     loop.run_until_complete(run())
 

@@ -16,7 +16,7 @@ from copris_lightning.engines.server import VLLMServerEngine
 
 SPEC = EngineSpec("some/model", 16, 100, vocab_size=98)
 GENERATE = "/inference/v1/generate"
-Part = tuple[list[int], str | None] | str
+Part = tuple[list[int], str | None] | str | float
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Fake:
 
     Attributes:
         parts: what it streams to each request, one after another: tokens and finish reason, an
-            error event as text, or ``"cut"`` to drop the connection. Every token's log-prob is
-            minus the token.
+            error event as text, ``"cut"`` to drop the connection, or seconds to wait. Every
+            token's log-prob is minus the token.
         silent: its engine dies when it is to load weights, and the call is never answered.
         broken: routes that answer with an error, and its status.
         requests: bodies of the requests to generate.
@@ -86,6 +86,9 @@ class Fake:
                 assert request.transport is not None
                 request.transport.abort()
                 return response
+            if isinstance(part, float):
+                await asyncio.sleep(part)
+                continue
             event: dict[str, Any] = {"error": {"code": 500, "message": part}}
             if not isinstance(part, str):
                 tokens, reason = part
