@@ -13,9 +13,6 @@ from vllm_fits import FEW, fit
 
 from copris_lightning import VLLMEngine
 from copris_lightning.core.trajectory import Trajectory
-from copris_lightning.engines.engine import EngineSpec
-from copris_lightning.errors import ConfigurationError
-from copris_lightning.weights.adapter import AdapterShape
 
 TEMPERATURE = 0.8
 FLOWS = [
@@ -102,20 +99,3 @@ def test_with_learning_rate_zero_every_importance_ratio_is_one(
     ratios = torch.cat(recorder.ratios)
     assert len(ratios) > 1000
     assert (ratios - 1).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("spec", "sleep_level", "says"),
-    [
-        ({"keeps": True}, 1, r"^sleep_level=1 with flow\.kv=kept: "),
-        ({"streams": True}, 2, r"^sleep_level=2 with flow\.mode=streaming: "),
-        ({"keeps": True, "adapter": AdapterShape(4, ())}, None, r"^flow\.kv=kept with syncs of ad"),
-    ],
-)
-def test_what_does_not_go_with_a_flow_is_refused(
-    tiny_checkpoint: Path, spec: dict[str, Any], sleep_level: Any, says: str
-) -> None:
-    with pytest.raises(ConfigurationError, match=says):
-        VLLMEngine(sleep_level=sleep_level).validate(
-            EngineSpec(str(tiny_checkpoint), 4, 64, vocab_size=98, **spec)
-        )

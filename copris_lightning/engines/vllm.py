@@ -21,6 +21,7 @@ from copris_lightning.engines.vllm_arguments import (
     refuse_own,
     sampling_params,
     scoring_params,
+    stream_interval,
 )
 from copris_lightning.engines.vllm_holds import VLLMHolds
 from copris_lightning.engines.vllm_processes import VLLMProcesses
@@ -47,8 +48,8 @@ class VLLMEngine(VLLMReceiver):
 
     Args:
         engine_args: any fields of vLLM's ``AsyncEngineArgs`` (``dtype``,
-            ``tensor_parallel_size``, ``stream_interval``, ...). ``max_num_seqs`` and
-            ``max_model_len`` follow from the cap and the length limits unless given.
+            ``tensor_parallel_size``, ...). ``max_num_seqs``, ``max_model_len`` and
+            ``stream_interval`` follow from the cap and the length limits unless given.
         environment: variables set while the engine's processes start; ``null`` unsets one.
         request_seeds: give every request its own random generator, which makes its tokens
             independent of what else is in the batch; slower. By default all share the engine's.
@@ -162,6 +163,7 @@ class VLLMEngine(VLLMReceiver):
             "max_num_seqs": spec.max_num_seqs,
             "max_model_len": spec.max_model_len,
             "seed": spec.seed,
+            "stream_interval": stream_interval(spec.max_num_seqs),
             "disable_log_stats": True,
             **adapter_arguments(spec.adapter),
             **self.engine_args,
