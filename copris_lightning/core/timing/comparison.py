@@ -11,25 +11,21 @@ from copris_lightning.core.timing.cycles import Cycle, Cycles, Flow, Sizes
 from copris_lightning.core.timing.lengths import Draws, Lengths
 
 SYNC = Flow(max_staleness=0)
-STREAMING_STALENESS = 4
-"""The bound of flows that stream, which need one, where none is given."""
 
 
 def flows(max_staleness: int | None) -> dict[str, Flow]:
-    """Synchronous RL and the four flows of a run, by name.
+    """Synchronous RL and the flows of a run, by name.
 
     Args:
-        max_staleness: bound of all but the first; ``None``: of those that stream only, which need
-            one, :data:`STREAMING_STALENESS`.
+        max_staleness: bound of all but the first; ``None``: no bound, and none that streams, which
+            a run refuses without one.
     """
-    bound = STREAMING_STALENESS if max_staleness is None else max_staleness
-    return {
-        "sync": SYNC,
-        "staged fresh": Flow(max_staleness=max_staleness),
-        "staged kept": Flow(keeps=True, max_staleness=max_staleness),
-        "streaming fresh": Flow(streams=True, max_staleness=bound),
-        "streaming kept": Flow(streams=True, keeps=True, max_staleness=bound),
-    }
+    found = {"sync": SYNC}
+    for streams in (False, True) if max_staleness is not None else (False,):
+        for keeps in (False, True):
+            name = f"{'streaming' if streams else 'staged'} {'kept' if keeps else 'fresh'}"
+            found[name] = Flow(streams, keeps, max_staleness)
+    return found
 
 
 @dataclass(frozen=True)

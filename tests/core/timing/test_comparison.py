@@ -19,9 +19,9 @@ def comparison(costs: Costs = COSTS) -> Comparison:
 
 
 def test_gains_are_over_the_fastest_sync_whatever_its_cap() -> None:
-    rows = comparison().rows(4000, [8, 32, 64], None)
+    rows = comparison().rows(4000, [8, 32, 64], 3)
     assert [(row.cap, row.flow) for row in rows] == [
-        (cap, name) for cap in (8, 32, 64) for name in flows(None)
+        (cap, name) for cap in (8, 32, 64) for name in flows(3)
     ]
     synced = {row.cap: row for row in rows if row.flow == "sync"}
     assert synced[8].cycle.seconds > synced[32].cycle.seconds
@@ -31,7 +31,7 @@ def test_gains_are_over_the_fastest_sync_whatever_its_cap() -> None:
     found = best(rows)
     assert found["sync"].cap == 32
     assert {name: row.gain for name, row in found.items()} == {
-        name: max(row.gain for row in rows if row.flow == name) for name in flows(None)
+        name: max(row.gain for row in rows if row.flow == name) for name in flows(3)
     }
 
 
@@ -50,10 +50,14 @@ def test_where_prefixes_are_dear_the_best_cap_is_smaller_with_them_than_without(
     assert found["staged fresh"].cap < found["staged kept"].cap == 256
 
 
-def test_with_a_bound_all_but_sync_have_it() -> None:
+def test_all_but_sync_have_the_bound_and_none_streams_without() -> None:
     bounds = {name: flow.max_staleness for name, flow in flows(7).items()}
     assert bounds.pop("sync") == 0
     assert set(bounds.values()) == {7}
+    assert [name for name in bounds if name not in flows(None)] == [
+        "streaming fresh",
+        "streaming kept",
+    ]
 
 
 def test_calibrating_finds_the_costs_that_the_gains_came_from() -> None:
