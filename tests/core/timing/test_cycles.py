@@ -123,6 +123,26 @@ def test_streaming_takes_as_long_as_the_longer_half(keeps: bool, share: float) -
     assert streaming == pytest.approx(max(1, share) * rolling, rel=0.05)
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+@settings(deadline=None, max_examples=25)
+@given(cap=st.integers(1, 20), seed=st.integers(0, 1000))
+def test_streaming_beside_training_that_takes_no_time_is_staged(
+    keeps: bool, cap: int, seed: int
+) -> None:
+    sizes, costs = Sizes(GROUPS, SIZE, LIMIT), Costs(step_s=0.02, prefix_s=1e-3, sync_s=0.5)
+    staged, streaming = (
+        Cycles(draws(seed), sizes, costs, Flow(streams, keeps), cap) for streams in (False, True)
+    )
+    for _ in range(8):
+        staged.cycle()
+        streaming.cycle()
+        assert streaming.buffer.version == staged.buffer.version
+    # Those that stream have their prefixes sent again by the end of the cycle, not at the next.
+    left = (streaming.decoding.work.prefix - staged.decoding.work.prefix) * costs.prefix_s
+    assert streaming.decoding.now - left == pytest.approx(staged.decoding.now)
+    assert left == 0 if keeps else left >= 0
+
+
 def test_four_cycles_by_hand() -> None:
     class Given:
         def draw(self, random: Random, count: int) -> Sequence[float]:
