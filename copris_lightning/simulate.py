@@ -176,7 +176,7 @@ def read_ledger(directory: Path) -> tuple[Recorded, int]:
     groups: dict[tuple[Any, Any], list[int]] = {}
     cut_at, prompts = 0, 0
     for file in sorted(files):
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_lines(file), 1):
             try:
                 row = json.loads(line)
                 length = int(row["response_tokens"])
@@ -194,6 +194,13 @@ def read_ledger(directory: Path) -> tuple[Recorded, int]:
         )
     lengths = list(groups.values())
     return Recorded(lengths, cut_at or None), round(prompts / sum(map(len, lengths)))
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{file} cannot be read ({error})") from error
 
 
 def _costs(given: argparse.Namespace) -> Costs:

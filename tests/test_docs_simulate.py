@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from copris_lightning.core.timing.calibration import Measured, calibrate
 from copris_lightning.core.timing.comparison import SYNC, Comparison
 from copris_lightning.core.timing.costs import Costs
 from copris_lightning.core.timing.cycles import Flow, Sizes
-from copris_lightning.core.timing.lengths import LogNormal
+from copris_lightning.core.timing.lengths import Draws, LogNormal
 
 PAGE = (Path(__file__).parents[1] / "docs" / "simulate.md").read_text()
 SHOWN = re.findall(r"```bash\n(copris simulate [^\n]*)\n```\n\n```text\n(.*?)```", PAGE, re.S)
@@ -43,6 +44,12 @@ def test_the_papers_table_is_what_its_command_prints() -> None:
         + ("fitted |" if limit in ENDS else f"{100 * (found[limit] / gain - 1):+.1f} % |")
         for limit, gain in PAPER.items()
     ]
+
+
+def test_the_papers_lengths_have_the_mean_that_the_page_says() -> None:
+    draws = Draws(LogNormal(6000.0, 1.0), 8)
+    mean = statistics.fmean(length for i in range(4000) for length in draws.group(i, 8192))
+    assert mean == pytest.approx(5500, rel=0.02)
 
 
 @pytest.mark.parametrize(("median", "sigma"), [(4000.0, 1.0), (8000.0, 1.0), (6000.0, 0.8)])

@@ -167,6 +167,16 @@ def test_a_line_that_is_none_of_a_ledger_is_named(
     assert expected in capsys.readouterr().err
 
 
+def test_a_ledger_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "batch_000000.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(SystemExit):
+        main(options(lengths=str(tmp_path)))
+    expected = f"--lengths: {tmp_path}/batch_000000.jsonl cannot be read"
+    assert expected in capsys.readouterr().err
+
+
 def test_it_needs_no_framework() -> None:
     code = (
         "import sys\nfrom copris_lightning.__main__ import main\n"

@@ -49,6 +49,8 @@ class Costs:
         numbers = [n for n, _ in self.steps]
         if numbers != sorted(set(numbers)) or any(n < 1 for n in numbers):
             raise ConfigurationError(f"steps={self.steps} must be of rising numbers from 1 on")
+        if not all(0 <= seconds < math.inf for _, seconds in self.steps):
+            raise ConfigurationError(f"steps={self.steps} must take at least 0 seconds")
 
     def step(self, in_flight: int) -> float:
         """Seconds of a step with so many in flight, but for their keys and values."""

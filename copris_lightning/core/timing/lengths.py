@@ -32,8 +32,8 @@ class LogNormal:
     sigma: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.median < math.inf:
-            raise ConfigurationError(f"median={self.median} must be above 0")
+        if not 0 < self.median <= 1e9:
+            raise ConfigurationError(f"median={self.median} must be above 0, and at most 1e9")
         if not 0 <= self.sigma <= 10:
             raise ConfigurationError(f"sigma={self.sigma} must be from 0 to 10")
 

@@ -79,6 +79,7 @@ def test_measured_steps_are_interpolated_and_go_on_as_they_did() -> None:
         ({"step_s": float("inf")}, "step_s=inf must be"),
         ({"steps": [(8, 1.0), (4, 1.0)]}, r"steps=\[\(8, 1.0\), \(4, 1.0\)\] must be of rising"),
         ({"steps": [(0, 1.0)]}, "from 1 on"),
+        ({"steps": [(1, -1.0)]}, "at least 0 seconds"),
     ],
 )
 def test_costs_that_cannot_be_are_refused(costs: dict[str, Any], message: str) -> None:
