@@ -11,12 +11,17 @@ from collections.abc import Sequence
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run `copris serve`, or else :func:`copris_lightning.cli.main`; returns the exit status."""
+    """Run `copris serve`, `copris simulate`, or else :func:`copris_lightning.cli.main`; returns the
+    exit status."""
     given = sys.argv[1:] if args is None else args
     if given and given[0] == "serve":
         from copris_lightning.serve import main as serve
 
         return serve(given[1:])
+    if given and given[0] == "simulate":
+        from copris_lightning.simulate import main as simulate
+
+        return simulate(given[1:])
     from copris_lightning.search_path import append_working_directory
 
     append_working_directory()

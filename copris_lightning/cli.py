@@ -26,9 +26,9 @@ from copris_lightning.runs.directory import directory_of, record
 from copris_lightning.runs.resume import NothingToTrain, begin
 
 _EPILOG = (
-    "`copris serve --help` is about vLLM servers for rollouts. Of each command, `--ckpt_path last` "
-    "is the newest checkpoint of the newest run under the logger's name, and an error if there is "
-    "none; `auto` starts a new run then."
+    "`copris serve --help` is about vLLM servers for rollouts, `copris simulate --help` about the "
+    "fastest cap. Of each command, `--ckpt_path last` is the newest checkpoint of the newest run "
+    "under the logger's name, and an error if there is none; `auto` starts a new run then."
 )
 
 _SHORT_NAMES = "Short names of what is changed often: " + ", ".join(

@@ -32,7 +32,7 @@ BELOW = {
 GROUND = {"errors", "directories", "search_path", "trainer_parts"}
 """Modules that every room may import; they import no room."""
 
-TOP = {"cli", "config_files", "keys", "parsing", "serve"}
+TOP = {"cli", "config_files", "keys", "parsing", "serve", "simulate"}
 """Modules of the command line."""
 
 FRAMEWORKS = {"lightning", "transformers", "vllm", "aiohttp", "datasets", "yaml", "tensorboard"}

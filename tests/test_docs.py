@@ -35,7 +35,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path)
 
 
 FIT = [*SMALL, SIMULATED, "--trainer.max_steps=2"]
-RUNS = [c for c in shell_commands() if c.startswith("copris ") and "serve" not in c]
+OTHERS = ("serve", "simulate")
+"""What is no run: see below, and `tests/test_docs_simulate.py`."""
+
+RUNS = [c for c in shell_commands() if c.startswith("copris ") and c.split()[1] not in OTHERS]
 SERVERS = [c for c in shell_commands() if c.startswith("copris serve ")]
 
 
