@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -59,3 +60,34 @@ def test_batches_take_as_long_as_the_schedulers(
     assert sum(seconds) == pytest.approx(sum(real), rel=0.01)
     if max_staleness == 0 and cap >= sizes.groups * sizes.group_size:
         assert seconds == pytest.approx(real, rel=0.001)
+
+
+@pytest.mark.parametrize("cap", [16, 40])
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("training_s", [0.0, 3.0, 30.0])
+def test_a_run_takes_as_long_as_the_schedulers_in_every_flow(
+    rollout: Callable[..., Rollout], cap: int, keeps: bool, streams: bool, training_s: float
+) -> None:
+    flow = Flow(streams, keeps, max_staleness=3)
+    run = rollout(
+        **SIZES,
+        cap=cap,
+        max_staleness=3,
+        median=120.0,
+        stream_interval=16,
+        keeps=keeps,
+        streams=streams,
+        training_s=training_s,
+    )
+    for _ in range(12):
+        run.collect()
+        run.sync()
+    seconds = run.loop.time()
+    run.end_streams()
+    sizes = Sizes(SIZES["batch_groups"], SIZES["group_size"], LIMIT)
+    costs = replace(COSTS, batch_s=training_s)
+    model = Cycles(Draws(Seen(run), sizes.group_size), sizes, costs, flow, cap)
+    for _ in range(12):
+        model.cycle()
+    assert model.decoding.now == pytest.approx(seconds, rel=0.01)
