@@ -205,3 +205,23 @@ def test_a_checkpoint_within_a_step_is_the_same_on_all_ranks(results: dict[str, 
         assert cut["ledger"] == batches
         for name in ("staleness/lag_mean", "staleness/lag_max", "is/ratio_mean"):
             assert cut["metrics"][name] == pytest.approx(uncut["metrics"][name], rel=1e-6)
+
+
+def test_a_rank_that_waits_for_another_is_idle(results: dict[str, Any]) -> None:
+    figures, same = (result["metrics"] for result in outcomes(results, "ddp_with_a_slow_rank"))
+    cycle = figures["time/cycle_s"]
+
+    def seconds(activity: str, rank: int) -> float:
+        return float(figures[f"time/{activity}_fraction/rank_{rank}"] * cycle)
+
+    # Half a second more for each of two micro-batches. What rank 0 waits for the second one is
+    # within DDP's own communication.
+    assert seconds("train", 1) > 0.99
+    assert seconds("idle", 0) > seconds("idle", 1) + 0.4
+    for rank in range(2):
+        whole = sum(seconds(a, rank) for a in ("rollout", "score", "train", "sync", "idle"))
+        assert whole == pytest.approx(cycle, rel=1e-3)
+    mean = (seconds("idle", 0) + seconds("idle", 1)) / 2
+    assert figures["time/idle_fraction"] * cycle == pytest.approx(mean, rel=0.05)
+    for name in ("time/idle_fraction", "train/tokens_per_s"):
+        assert figures[name] == same[name]

@@ -147,7 +147,9 @@ def test_metrics_have_the_names_of_the_design(tiny_checkpoint: Path, tmp_path: P
         "staleness/lag_max",
         "staleness/mixed_fraction",
         "sync/seconds",
-        "time/rollout_fraction",
+        "rollout/occupancy",
+        "train/tokens_per_s",
+        *(f"time/{part}_fraction" for part in ("rollout", "score", "train", "sync", "idle")),
     }
     last = [r for r in ledger(tmp_path) if r["batch"] == 5]
     mixed = sum(len(r["segments"]) > 1 for r in last) / len(last)

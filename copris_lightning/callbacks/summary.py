@@ -1,4 +1,4 @@
-"""A few lines at the end of a run: what was gained, and how fast."""
+"""A few lines at the end of a run: what was gained, how fast, and where the time went."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from copris_lightning.callbacks.whole_run import time_lines, trained_tokens_per_s
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.rollout.figures import TokenBalance
 from copris_lightning.runs.directory import directory_of
@@ -16,9 +17,9 @@ from copris_lightning.trainer_parts import datamodule
 
 
 class RunSummary(L.Callback):
-    """Prints reward, speed, carry-over, staleness and parity when ``fit`` ends.
+    """Prints reward, speed and what binds it, carry-over, staleness and parity when ``fit`` ends.
 
-    List it after the callbacks whose metrics it shows.
+    List it after the callbacks whose metrics it shows. All figures are since this start of the run.
 
     Args:
         first: batches that make up the reward at the start.
@@ -58,7 +59,7 @@ class RunSummary(L.Callback):
         lines = [
             f"reward            {_mean(start):.3f} (first {len(start)} batches) -> "
             f"{_mean(end):.3f} (last {len(end)})",
-            self._line("trained tokens/s", "train/tokens_per_s", "{:,.0f}"),
+            *self._time_lines(),
             self._line("stage time", "rollout/stage_s", "{:.2f} s"),
             self._line("carried over", "rollout/carried_over", "{:.1f} trajectories a stage"),
             self._line("mixed versions", "staleness/mixed_fraction", "{:.1%} of trajectories"),
@@ -71,6 +72,12 @@ class RunSummary(L.Callback):
         lines.append(f"logs              {_shown(self._directory)}")
         title = f"{len(rewards)} batches trained"
         print("\n".join(["", title, "-" * len(title), *(line for line in lines if line)]))
+
+    def _time_lines(self) -> list[str]:
+        lines = time_lines(self.history)
+        if lines:
+            lines.insert(0, ("trained tokens/s", f"{trained_tokens_per_s(self.history):,.0f}"))
+        return [f"{label:<17} {text}" for label, text in lines]
 
     def _line(self, label: str, name: str, form: str) -> str:
         values = self.history[name]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from copris_lightning.callbacks.parity import (
@@ -17,10 +15,12 @@ from copris_lightning.callbacks.parity import (
     Tolerance,
     check_repeatable,
 )
+from copris_lightning.callbacks.time_shares import TimeShares
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.datamodules.rollout import RolloutDataModule
 from copris_lightning.datamodules.steps import WholeSteps
 from copris_lightning.errors import ConfigurationError
+from copris_lightning.policy.meeting import finish
 from copris_lightning.policy.module import CoprisModule
 from copris_lightning.policy.sharding import check_strategy
 from copris_lightning.trainer_parts import datamodule
@@ -64,6 +64,7 @@ class WeightSync(L.Callback):
         self._synced_step = 0
         self._restored_step = 0
         self._steps = WholeSteps()
+        self._shares = TimeShares()
 
     @property
     def worst_parity(self) -> float:
@@ -114,8 +115,11 @@ class WeightSync(L.Callback):
         self._first_sync(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before ``validate``; within ``fit`` the engine is synced already."""
+        """Before ``validate``; within ``fit`` the engine is synced already, and validation is not
+        counted as any part of training."""
         self._first_sync(trainer, pl_module)
+        if datamodule(trainer).feed is not None:
+            datamodule(trainer).feed.cycle.watch.switch(None)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before ``test``."""
@@ -129,24 +133,34 @@ class WeightSync(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        outputs: STEP_OUTPUT,
+        outputs: Any,
         batch: MicroBatch,
         batch_idx: int,
     ) -> None:
-        """Sync, and log how long it took and how well the two agree."""
+        """Sync; after a batch, log how well the two agree and where its time went."""
         self._trained_since = True
-        if not self.should_sync(trainer, batch):
-            return
-        # Used up; an engine on the same device can use what they occupy.
-        pl_module.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        started = time.perf_counter()
-        parity = self.sync(trainer, pl_module, self.version + 1)
-        pl_module.log("sync/seconds", time.perf_counter() - started, rank_zero_only=True)
-        if parity is not None:
-            pl_module.log("sync/parity_max_abs", parity.largest, rank_zero_only=True)
-            pl_module.log("sync/parity_mean_abs", parity.mean, rank_zero_only=True)
+        cycle = datamodule(trainer).feed.cycle
+        cycle.watch.move(outputs["waited_s"], "train", "idle")
+        figures: dict[str, float] = {}
+        is_due = self.should_sync(trainer, batch)
+        if is_due or batch.is_last:
+            finish(pl_module.device)
+            cycle.watch.switch("idle")
+        if is_due:
+            # Used up; an engine on the same device can use what they occupy.
+            pl_module.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            with cycle.watch.during("sync"):
+                parity = self.sync(trainer, pl_module, self.version + 1)
+            figures["sync/seconds"] = cycle.watch.read()["sync"]
+            if parity is not None:
+                figures["sync/parity_max_abs"] = parity.largest
+                figures["sync/parity_mean_abs"] = parity.mean
+        if batch.is_last:
+            figures |= self._shares.figures(cycle.end(), pl_module)
+        for name, value in figures.items():
+            pl_module.log(name, value, rank_zero_only=True)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: MicroBatch, batch_idx: int

@@ -13,9 +13,10 @@ from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import quarantine, set_advantages
+from copris_lightning.datamodules.cycle import Cycle
 from copris_lightning.datamodules.divide import BatchShape, divide
 from copris_lightning.datamodules.equal_rewards import EqualRewards
-from copris_lightning.datamodules.figures import Cycle, response_figures, stage_figures
+from copris_lightning.datamodules.figures import response_figures, stage_figures
 from copris_lightning.datamodules.ranks import Ranks
 from copris_lightning.datamodules.scoring import score_behavior, score_proximal
 from copris_lightning.datamodules.stage_meter import RolloutProgress, StageMeter
@@ -87,13 +88,14 @@ class Feed:
     ) -> None:
         self.batch = Batch()
         """The last one that was taken."""
+        self.cycle = Cycle()
+        """Where this rank's time goes; it runs from the first rollout on."""
         self.meter = StageMeter()
         self.scheduler: RolloutScheduler | None = None
         self._trainer = trainer
         self._session = session
         self._run = run
         self._ranks = ranks
-        self._cycle = Cycle()
         if session is not None:
             self._warn_of_equal_rewards = EqualRewards(
                 session.reward_name, session.decode, run.prompts.prompt
@@ -133,10 +135,12 @@ class Feed:
     def __iter__(self) -> Iterator[MicroBatch]:
         """Go on where the feed is; it has no end of its own."""
         while True:
+            self.cycle.watch.switch("idle")
             if not self.batch.is_open:
                 self._next_batch()
             batch = self.batch
             self.batch = replace(batch, position=batch.position + 1)
+            self.cycle.watch.switch("train")
             yield batch.micro_batches[batch.position]
 
     def progress(self) -> RolloutProgress:
@@ -154,10 +158,13 @@ class Feed:
 
     def _next_batch(self) -> None:
         """Take, score, credit, divide, scatter: every rank takes part in scoring."""
-        self._cycle.begin()
-        self._ranks.lead(self._take)
-        self._cycle.rolled_out()
-        self._score()
+        watch = self.cycle.watch
+        with watch.during("rollout"):
+            self._ranks.lead(self._take)
+        waited_s = self._ranks.waited_s
+        with watch.during("score"):
+            self._score()
+        watch.move(self._ranks.waited_s - waited_s, "score", "idle")
         self.batch = self._ranks.deal(self._credit_and_divide)
 
     def _take(self) -> None:
@@ -176,7 +183,7 @@ class Feed:
             index=self.batch.index + 1,
             version=scheduler.buffer.version,
             groups=tuple(groups),
-            figures=stage_figures(stats),
+            figures=stage_figures(stats, scheduler.buffer.limit),
         )
 
     def _check_synced(self, version: int) -> None:
@@ -197,10 +204,12 @@ class Feed:
             taken = self.batch.rows
             everything = [*taken, *self.scheduler.buffer.trajectories()]
         if settings.flow.source == "trainer":
+            self.cycle.score([t for t in everything or () if t.missing("trainer")])
             score_behavior(
                 self._trainer, everything, self._ranks, sampling=sampling, max_tokens=max_tokens
             )
         if self._needs_proximal:
+            self.cycle.score(taken or ())
             score_proximal(
                 self._trainer, taken, self._ranks, sampling=sampling, max_tokens=max_tokens
             )
@@ -219,7 +228,6 @@ class Feed:
         quarantine(batch.groups, credit.max_quarantined)
         set_advantages(batch.groups, credit, sampling)
         figures = {**batch.figures, **response_figures(batch.rows)}
-        figures.update(self._cycle.figures(sum(t.response_length for t in batch.rows)))
         step = self._trainer.global_step
         parts = self._divided(replace(batch, figures=figures, first_step=step))
         self.batch = parts[0]
@@ -238,6 +246,7 @@ class Feed:
             metrics=batch.figures,
             seed=batch.index,
         )
+        self.cycle.train([one for own in micro_batches for one in own[batch.position :]])
         parts = [replace(batch, groups=(), micro_batches=tuple(own)) for own in micro_batches]
         return [replace(parts[0], groups=batch.groups), *parts[1:]]
 

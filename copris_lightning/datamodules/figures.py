@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from copris_lightning.core.trajectory import Trajectory
@@ -10,12 +9,13 @@ from copris_lightning.datamodules.credit import mean_reward
 from copris_lightning.rollout.figures import StageStats
 
 
-def stage_figures(stats: StageStats) -> dict[str, float]:
-    """Of the stage that the batch was taken in."""
+def stage_figures(stats: StageStats, cap: int) -> dict[str, float]:
+    """Of the stage that the batch was taken in, under a cap."""
     return {
         "rollout/stage_s": stats.seconds,
         "rollout/tokens_per_s": stats.tokens / max(stats.seconds, 1e-9),
         "rollout/in_flight": stats.in_flight_mean,
+        "rollout/occupancy": stats.in_flight_mean / cap,
         "rollout/carried_over": float(stats.carried_over),
         "rollout/ready_groups": float(stats.ready_groups),
         "rollout/dropped_groups": float(stats.dropped_groups),
@@ -37,32 +37,3 @@ def response_figures(rows: Sequence[Trajectory]) -> dict[str, float]:
         "train/excluded_fraction": sum(t.excluded is not None for t in rows) / len(rows),
         "train/quarantined": float(sum(t.is_quarantined for t in rows)),
     }
-
-
-class Cycle:
-    """Measures from one rollout's end to the next one's: training, sync, rollout."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None
-        self._begun = self._ended = 0.0
-
-    def begin(self) -> None:
-        """A rollout begins."""
-        self._begun = time.perf_counter()
-
-    def rolled_out(self) -> None:
-        """It has ended."""
-        self._ended = time.perf_counter()
-
-    def figures(self, tokens: int) -> dict[str, float]:
-        """Of the cycle that has ended, during which so many response tokens were trained on;
-        none for the first."""
-        last, self._last = self._last, self._ended
-        if last is None:
-            return {}
-        cycle = self._ended - last
-        return {
-            "time/cycle_s": cycle,
-            "time/rollout_fraction": (self._ended - self._begun) / cycle,
-            "train/tokens_per_s": tokens / cycle,
-        }

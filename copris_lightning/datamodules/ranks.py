@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -32,6 +34,8 @@ class Ranks:
     def __init__(self) -> None:
         self.size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         self.rank = dist.get_rank() if self.size > 1 else 0
+        self.waited_s = 0.0
+        """Seconds that this rank has spent in meeting the others."""
         self._group: Any = None
         if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
@@ -88,12 +92,22 @@ class Ranks:
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self._group)
+        with self._meeting():
+            dist.gather_object(value, values, dst=0, group=self._group)
         return values
 
     def _scatter(self, outcomes: list[_Outcome] | None) -> _Outcome:
         received: list[Any] = [None]
         if self.size > 1:
-            dist.scatter_object_list(received, outcomes, src=0, group=self._group)
+            with self._meeting():
+                dist.scatter_object_list(received, outcomes, src=0, group=self._group)
         outcome: _Outcome = received[0]
         return outcome
+
+    @contextmanager
+    def _meeting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited_s += time.perf_counter() - began

@@ -20,7 +20,6 @@ class RolloutProgress:
         in_flight: trajectories in flight.
         cap: how many there may be.
         tokens: response tokens received in this stage.
-        seconds: since the stage began, on the engine's clock.
     """
 
     ready_groups: int
@@ -28,7 +27,6 @@ class RolloutProgress:
     in_flight: int
     cap: int
     tokens: int
-    seconds: float
 
 
 class StageMeter:
@@ -38,12 +36,11 @@ class StageMeter:
         self.is_running = False
         """Whether a stage is going on."""
         self._tokens = 0
-        self._start = self._now = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Around a stage."""
-        self._tokens, self._start, self.is_running = 0, self._now, True
+        self._tokens, self.is_running = 0, True
         try:
             yield
         finally:
@@ -53,7 +50,6 @@ class StageMeter:
         """Something happened in the stage."""
         if event.kind == "chunk":
             self._tokens += event.tokens
-        self._now = event.time
 
     def read(self, buffer: CarryOverBuffer) -> RolloutProgress:
         """Where the stage is."""
@@ -63,5 +59,4 @@ class StageMeter:
             in_flight=buffer.in_flight,
             cap=buffer.limit,
             tokens=self._tokens,
-            seconds=self._now - self._start,
         )

@@ -22,6 +22,7 @@ from copris_lightning.core.estimator.ratios import TokenTerms
 from copris_lightning.core.evaluation import EvaluationBatch, avg_at_k, pass_at_k
 from copris_lightning.errors import ConfigurationError, QuarantineError, under
 from copris_lightning.policy.lora import LoRA, without_adapters
+from copris_lightning.policy.meeting import sum_over_ranks
 from copris_lightning.policy.open_batch import OpenBatch
 from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import embedding_rows, empty_model, load_config, load_model
@@ -191,13 +192,14 @@ class CoprisModule(L.LightningModule):
 
         Returns:
             ``loss``; ``estimate``, the :class:`Estimate` without its graph; ``quarantined``, the
-            names of trajectories whose log-probs were not finite.
+            names of trajectories whose log-probs were not finite; ``waited_s``, the seconds that
+            this rank waited for the others.
         """
         terms = self.token_terms(batch)
         broken = terms.not_finite
         # Over all ranks: with split weights, what one computes again they have to.
         counts = torch.stack([broken.sum(), (broken & batch.included).sum()]).float()
-        any_broken, counted = self.trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+        (any_broken, counted), waited_s = sum_over_ranks(self.trainer.strategy, counts)
         quarantined = []
         if any_broken:
             flags = (broken & batch.included).tolist()
@@ -224,7 +226,8 @@ class CoprisModule(L.LightningModule):
         if self.trainer.strategy.handles_gradient_accumulation:
             # DeepSpeed averages over micro-batches once more.
             loss = loss * self.trainer.accumulate_grad_batches
-        return {"loss": loss * shares, "estimate": estimate, "quarantined": quarantined}
+        outputs = {"estimate": estimate, "quarantined": quarantined, "waited_s": waited_s}
+        return {"loss": loss * shares, **outputs}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The open batch's figures, at the last whole optimizer step."""

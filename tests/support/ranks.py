@@ -171,6 +171,18 @@ def ddp(checkpoint: Path, directory: Path) -> Any:
     return train("ddp", checkpoint, directory)
 
 
+class SlowOnRankOne(L.Callback):
+    """Its micro-batches take longer."""
+
+    def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
+        time.sleep(0.5 * trainer.global_rank)
+
+
+@scenario
+def ddp_with_a_slow_rank(checkpoint: Path, directory: Path) -> Any:
+    return train("ddp", checkpoint, directory, callbacks=[SlowOnRankOne()], max_steps=2)
+
+
 @scenario
 def fsdp2(checkpoint: Path, directory: Path) -> Any:
     return train("fsdp2", checkpoint, directory)
