@@ -51,7 +51,6 @@ from typing import Any
 from copris_lightning.core.contents import Contents, Key, Status
 from copris_lightning.core.freshness import Freshness
 from copris_lightning.core.outcome import FinishReason, Verdict
-from copris_lightning.core.segments import Span
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 
 __all__ = ["CarryOverBuffer", "Key", "Status"]
@@ -218,19 +217,6 @@ class CarryOverBuffer:
             self.finish(key, "stop")
         elif trajectory.remaining_tokens == 0:
             self.finish(key, "length")
-
-    def relabel(self, key: Key, start: int, spans: Sequence[Span]) -> None:
-        """Replace the labels of the tokens from ``start`` on by the engine's word on them.
-
-        Raises:
-            ValueError: they do not fit (:meth:`Trajectory.relabel`), or a version is yet to come.
-        """
-        for span in spans:
-            if span.version > self.version:
-                raise ValueError(
-                    f"{key}: token of version {span.version}, current is {self.version}"
-                )
-        self.trajectory(key).relabel(start, spans)
 
     def finish(self, key: Key, reason: FinishReason) -> None:
         """The response is complete; its reward is awaited."""

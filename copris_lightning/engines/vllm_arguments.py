@@ -72,7 +72,7 @@ def check_arguments(arguments: Mapping[str, Any], spec: EngineSpec) -> None:
 
 
 def stream_interval(cap: int) -> int:
-    """Tokens a chunk, unless the user says otherwise: from 1 to 32, the more the more are in flight.
+    """Tokens a chunk, unless the user says otherwise: from 1 to 32, by how many are in flight.
 
     Reading a chunk costs the client about 40 us, whatever is in it, on the thread that trains. So a
     step of the engine brings at most 32 chunks, and all of its tokens with them: a hold ends

@@ -266,8 +266,11 @@ class RolloutScheduler:
         a hold it must be what they are labelled already."""
         trajectory = self.buffer.trajectory(key)
         before = between(trajectory.segments, start, trajectory.response_length)
-        self.buffer.relabel(key, start, spans)
+        trajectory.relabel(start, spans)
         after = between(trajectory.segments, start, trajectory.response_length)
+        newest = max((span.version for span in spans), default=0)
+        if newest > self.buffer.version:
+            raise EngineError(f"token of version {newest}, current is {self.buffer.version}")
         if before != after and not self.keeps:
             raise EngineError(f"tokens are labelled {before}, and the engine says {after}")
 
