@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
+from workload import PROMPT_TOKENS
 
 from copris_lightning.core.trajectory import Trajectory
 from copris_lightning.quickstart.warm_start import character_tokenizer
 
-PROMPT_TOKENS = 16
+
+def quiet() -> None:
+    """Nothing but warnings from the libraries, here and in the engine's processes."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    disable_progress_bar()
 
 
 def qwen3(

@@ -10,7 +10,8 @@ scored, and where the trainer would compute the behaviour log-probs that is not 
 Each way keeps its trajectories from turn to turn. Its first batches are not counted, while the long
 responses build up that a steady run carries; nor is the first of each turn.
 
-Compared are tokens of the batches taken per second, against the faster of sync's two settings.
+Compared are tokens of the batches taken per second, against the faster of sync's two settings. In
+the long run that is the rate of generation, which varies less over a few batches and stands beside.
 "Uncut" is one stage without end, under one set of weights: the upper bound.
 """
 
@@ -18,29 +19,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import math
-import os
 import tempfile
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field, replace
-from statistics import NormalDist
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from harness import Report, Table, by_turns, parse, parser, picked
-from models import PROMPT_TOKENS, qwen3, save
+from models import quiet, qwen3, save
 from torch import Tensor
+from workload import PROMPT_TOKENS, Lengths, Prompts, ReplayedSimulation, ReplayedVLLM, reward
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import PromptGroup
-from copris_lightning.engines.engine import Chunk, Decoding, EngineSpec, GenerationRequest
-from copris_lightning.engines.simulated import SimulatedEngine, StepTime
-from copris_lightning.engines.vllm import VLLMEngine
+from copris_lightning.engines.engine import Decoding, EngineSpec
+from copris_lightning.engines.simulated_tokens import StepTime
 from copris_lightning.rollout.loop_thread import LoopThread
-from copris_lightning.rollout.rewards import Prompt
-from copris_lightning.rollout.scheduler import RolloutScheduler
+from copris_lightning.rollout.scheduler import Event, RolloutScheduler
 from copris_lightning.rollout.shared_engine import SharedEngine
-from copris_lightning.rollout.task import QueuedPrompt, Task
+from copris_lightning.rollout.task import Task
 from copris_lightning.weights.export import as_saved
 
 VOCAB = 98
@@ -76,82 +72,6 @@ WAYS = {
 }
 SYNC = ("sync", "sync, log-probs")
 UNCUT = ("uncut, log-probs",)
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Log-normal response lengths, in tokens."""
-
-    median: float
-    sigma: float
-    limit: int
-
-    def __call__(self, seed: int) -> int:
-        """Of the trajectory with this seed, which is 63 random bits."""
-        drawn = NormalDist().inv_cdf((seed + 0.5) / 2**63)
-        return min(self.limit, max(1, round(self.median * math.exp(self.sigma * drawn))))
-
-
-class Replayed:
-    """Over an engine: each response ends at its own length; and what resuming costs is counted.
-
-    Attributes:
-        length_of: of the response of a seed, in tokens.
-        sent_again: tokens of prefixes, prompts included, with which responses went on.
-        cached: of these, tokens whose keys and values the engine still had.
-    """
-
-    length_of: Lengths
-    sent_again = 0
-    cached = 0
-
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
-        made = len(request.token_ids) - PROMPT_TOKENS
-        if made:
-            self.sent_again += len(request.token_ids)
-        left = self.length_of(request.seed) - made
-        return super().stream(replace(request, max_new_tokens=left))  # type: ignore[misc]
-
-
-class ReplayedVLLM(Replayed, VLLMEngine):
-    """vLLM's engine, which tells with a request's first output what it had cached."""
-
-    async def _outputs(
-        self, token_ids: Sequence[int], params: Any, request_id: str
-    ) -> AsyncGenerator[tuple[Any, int], None]:
-        is_first = len(token_ids) > PROMPT_TOKENS
-        async with aclosing(super()._outputs(token_ids, params, request_id)) as outputs:
-            async for output, started in outputs:
-                if is_first:
-                    self.cached += output.num_cached_tokens or 0
-                    is_first = False
-                yield output, started
-
-
-class ReplayedSimulation(Replayed, SimulatedEngine):
-    """The simulated engine, with step times near those of vLLM's CPU engine."""
-
-
-class Prompts:
-    """Random tokens, another prompt each time."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-
-    def next(self) -> QueuedPrompt:
-        self.taken += 1
-        tokens = tuple((self.taken >> i) % 64 + 2 for i in range(PROMPT_TOKENS))
-        return QueuedPrompt(self.prompt(self.taken), self.taken, tokens)
-
-    def prompt(self, index: int) -> Prompt:
-        return Prompt(f"p{index}", text="")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"taken": self.taken}
-
-
-async def reward(response: str, prompt: Prompt) -> float:
-    return 1.0
 
 
 class Bench:
@@ -232,7 +152,8 @@ class Lane:
         self._way = way
         self._cap = cap
         self._groups = bench.options.trajectories // GROUP_SIZE
-        self._completed: list[tuple[float, int]] = []
+        self._generated = 0
+        self._completed: list[tuple[float, int, int]] = []
         self._goal: tuple[int, asyncio.Event] | None = None
         self._buffer = CarryOverBuffer(
             limit=cap,
@@ -249,7 +170,7 @@ class Lane:
         """Roll out ``settle`` batches, and then those that are measured."""
         bench, way = self._bench, self._way
         shared = SharedEngine(bench.engine, self._cap, **way.flow)
-        scheduler = RolloutScheduler(shared, self._buffer, self._task)
+        scheduler = RolloutScheduler(shared, self._buffer, self._task, self._observe)
         bench.swap(shared)
         measure = self._stages if way.has_stages else self._one_stage
         try:
@@ -262,34 +183,35 @@ class Lane:
         self, shared: SharedEngine, scheduler: RolloutScheduler, settle: int, batches: int
     ) -> dict[str, float]:
         bench, engine = self._bench, self._bench.engine
-        trained = received = start = sync = 0.0
+        trained = sync = 0.0
         for number in range(settle + batches):
             if number == settle:
-                trained = received = sync = 0.0
-                start, sent, cached = bench.now(), engine.sent_again, engine.cached
-            groups, stats = bench.run(scheduler.take())
+                trained = sync = 0.0
+                start, before = bench.now(), self._generated
+                sent, cached = engine.sent_again, engine.cached
+            groups, _ = bench.run(scheduler.take())
             trained += _tokens(groups)
-            received += stats.tokens
             taken = bench.now()
             bench.swap(shared)
             sync += bench.now() - taken
-        seconds = bench.now() - start
+        seconds, generated = bench.now() - start, self._generated - before
         sent, cached = engine.sent_again - sent, engine.cached - cached
         return {
             "trained": trained / seconds,
+            "generated": generated / seconds,
             "sync": sync / batches,
-            "sent": sent / received,
-            "computed": (sent - cached) / received,
+            "sent": sent / generated,
+            "computed": (sent - cached) / generated,
         }
 
     def _one_stage(
         self, shared: SharedEngine, scheduler: RolloutScheduler, settle: int, batches: int
     ) -> dict[str, float]:
         self._bench.run(self._until_completed(scheduler, self._groups * (settle + batches)))
-        (start, _), *counted = self._completed[self._groups * settle - 1 :]
-        tokens = sum(number for _, number in counted)
-        seconds = counted[-1][0] - start
-        return {"trained": tokens / seconds, "sync": 0.0, "sent": 0.0, "computed": 0.0}
+        (start, _, before), *counted = self._completed[self._groups * settle - 1 :]
+        end, _, after = counted[-1]
+        trained = sum(tokens for _, tokens, _ in counted)
+        return {"trained": trained / (end - start), "generated": (after - before) / (end - start)}
 
     async def _until_completed(self, scheduler: RolloutScheduler, groups: int) -> None:
         self._completed.clear()
@@ -302,9 +224,14 @@ class Lane:
         stage.cancel()
         await asyncio.wait([stage])
 
+    def _observe(self, event: Event) -> None:
+        if event.kind == "chunk":
+            self._generated += event.tokens
+
     def _accept(self, group: PromptGroup) -> bool:
         assert self._goal is not None
-        self._completed.append((asyncio.get_running_loop().time(), _tokens([group])))
+        now = asyncio.get_running_loop().time()
+        self._completed.append((now, _tokens([group]), self._generated))
         if len(self._completed) >= self._goal[0]:
             self._goal[1].set()
         return False
@@ -325,11 +252,13 @@ def compare(bench: Bench, report: Report, cap: int) -> None:
         {name: lambda lane=lane: lane.turn(1, options.batches) for name, lane in lanes.items()},
         options.rounds,
     )
-    rates = picked(turns, "trained")
-    report.add(Table(f"cap {cap}: trained tokens/s", rates, SYNC))
+    for key in ("trained", "generated"):
+        rates = picked(turns, key)
+        report.add(Table(f"cap {cap}: {key} tokens/s", rates, SYNC))
     if UNCUT[0] in rates:
-        asked = {n: v for n, v in rates.items() if WAYS[n].logprobs}
-        report.add(Table(f"cap {cap}: trained tokens/s, the engine's log-probs", asked, UNCUT))
+        asked = {name: values for name, values in rates.items() if WAYS[name].logprobs}
+        title = f"cap {cap}: generated tokens/s with the engine's log-probs"
+        report.add(Table(title, asked, UNCUT))
     staged = {name: values for name, values in turns.items() if WAYS[name].has_stages}
     for key, title in (
         ("sent", "prefix tokens sent again per token received"),
@@ -353,9 +282,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line.add_argument("--limit", type=int, default=1500)
     line.add_argument("--stream-interval", type=int, default=8)
     line.add_argument("--simulated", action="store_true", help="virtual time, no vLLM")
-    quick = {"caps": [16], "trajectories": 16, "batches": 1, "steady": 1, "median": 8.0}
-    options = parse(line, arguments, {**quick, "limit": 40})
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    quick = {"caps": [16], "trajectories": 16, "batches": 3, "steady": 3}
+    options = parse(line, arguments, {**quick, "median": 12.0, "limit": 120})
+    quiet()
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, folder)
         try:
