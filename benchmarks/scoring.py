@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line.add_argument("--hidden-size", type=int, default=768)
     line.add_argument("--layers", type=int, default=12)
     line.add_argument("--seed", type=int, default=0)
-    options = parse(line, arguments, {"rows": 16, "hidden_size": 64, "layers": 1})
+    options = parse(line, arguments, {"rows": 32, "hidden_size": 64, "layers": 1})
 
     rng = random.Random(options.seed)
     lengths = [rng.randint(options.shortest, options.longest) for _ in range(options.rows)]
