@@ -20,6 +20,7 @@ from typing import Any
 import lightning as L
 from harness import Report, Table, by_turns, parse, parser
 from models import quiet
+from workload import reward
 
 from copris_lightning import (
     BatchSize,
@@ -33,10 +34,23 @@ from copris_lightning import (
     WeightSync,
 )
 from copris_lightning.engines.simulated_tokens import LengthModel
-from copris_lightning.quickstart.task import AdditionPrompts, AdditionReward
 from copris_lightning.quickstart.warm_start import tiny_model
+from copris_lightning.rollout.rewards import Prompt
 
 GROUP_SIZE = 8
+
+
+class Numbers:
+    """A prompt per number."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int, /) -> Prompt:
+        return Prompt(f"p{index}", text=str(index))
 
 
 class Begun(Exception):
@@ -56,8 +70,8 @@ class Stop(L.Callback):
 def parts(model: str, cap: int, tokens: int) -> tuple[CoprisModule, RolloutDataModule]:
     """What is trained, and on what."""
     task = Task(
-        AdditionPrompts(size=2 * cap),
-        Scoring(AdditionReward()),
+        Numbers(2 * cap),
+        Scoring(reward),
         Sampling(max_new_tokens=4 * tokens),
         max_prompt_tokens=32,
     )
