@@ -45,7 +45,7 @@ test-kills: setup
 test-deepspeed: setup
 	$(BIN)/python -m pytest -m deepspeed $(ARGS)
 
-# How fast everything is, an hour on two cores that do nothing else: benchmarks/README.md says how
+# How fast everything is, half an hour on two idle cores: benchmarks/README.md says how
 # to read it. ARGS="--quick" only shows that it runs; BENCHMARKS="rollout sync" takes some.
 BENCHMARKS ?= rollout training_step scoring resume sync scheduler scale rewards
 bench: setup

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             file = Path(folder, f"{cap}.ckpt")
             tokens = carried(model, cap, options.tokens, file)
             variants = {
-                "anew": lambda cap=cap: seconds(model, cap, options.tokens, None),
-                "resumed": lambda cap=cap, file=file: seconds(model, cap, options.tokens, file),
+                "anew": partial(seconds, model, cap, options.tokens, None),
+                "resumed": partial(seconds, model, cap, options.tokens, file),
             }
             times = by_turns(variants, options.rounds, warm_up=1)
             size = file.stat().st_size / 1e6

@@ -22,6 +22,7 @@ import asyncio
 import tempfile
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from harness import Report, Table, by_turns, parse, parser, picked
@@ -98,6 +99,7 @@ class Bench:
 
     def _new_engine(self) -> Any:
         if self.options.simulated:
+            # Near vLLM's CPU engine: 660 tokens/s at 1 in flight, 18,800 at 64.
             return ReplayedSimulation(step_time=StepTime(1.5e-3, 3e-5))
         arguments = {
             "dtype": "float32",
@@ -249,7 +251,7 @@ def compare(bench: Bench, report: Report, cap: int) -> None:
         if WAYS[name].max_staleness != 0:
             lane.turn(options.steady, 1)
     turns = by_turns(
-        {name: lambda lane=lane: lane.turn(1, options.batches) for name, lane in lanes.items()},
+        {name: partial(lane.turn, 1, options.batches) for name, lane in lanes.items()},
         options.rounds,
     )
     for key in ("trained", "generated"):
@@ -285,10 +287,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quick = {"caps": [16], "trajectories": 16, "batches": 3, "steady": 3}
     options = parse(line, arguments, {**quick, "median": 12.0, "limit": 120})
     quiet()
+    report = Report("rollout", options)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, folder)
         try:
-            report = Report("rollout", options)
             for cap in options.caps:
                 compare(bench, report, cap)
         finally:

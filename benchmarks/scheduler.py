@@ -28,7 +28,8 @@ from workload import PROMPT_TOKENS, Prompts, reward
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.engines.engine import Decoding, EngineSpec, GenerationRequest
-from copris_lightning.engines.simulated import LengthModel, SimulatedEngine, StepTime
+from copris_lightning.engines.simulated import SimulatedEngine
+from copris_lightning.engines.simulated_tokens import LengthModel, StepTime
 from copris_lightning.rollout.scheduler import RolloutScheduler
 from copris_lightning.rollout.shared_engine import SharedEngine
 from copris_lightning.rollout.task import Task, trajectory_seed

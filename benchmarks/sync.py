@@ -20,7 +20,7 @@ import os
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ STEPS = ("hold", "begin_load", "load_shard", "end_load", "release")
 class Timed(VLLMEngine):
     """Adds up how long each step of a sync takes it."""
 
-    seconds: Counter[str]
+    seconds: dict[str, float]
 
     async def _timed(self, step: str, work: Coroutine[Any, Any, None]) -> None:
         started = time.perf_counter()
@@ -93,7 +93,7 @@ class Synced:
         self.bytes = sum(tensor.nbytes for tensor in self.weights.values())
         arguments = {"dtype": dtype, "enforce_eager": True, "kv_cache_memory_bytes": 2**27}
         self.engine = Timed(arguments, sync_directory=shared)
-        self.engine.seconds = Counter()
+        self.engine.seconds = defaultdict(float)
         self.files = Path(shared)
         self._copies = [torch.zeros_like(tensor) for tensor in self.weights.values()]
         self._loop = LoopThread(self.engine.new_event_loop)

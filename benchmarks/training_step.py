@@ -14,6 +14,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from harness import Report, Table, by_turns, parse, parser
@@ -45,7 +46,8 @@ def plain(checkpoint: str, batch: MicroBatch) -> Callable[[], Tensor]:
     labels = batch.input_ids.masked_fill((mask == 0) | is_prompt, NOT_SCORED)
 
     def loss() -> Tensor:
-        return model(batch.input_ids, attention_mask=mask, labels=labels, use_cache=False).loss
+        output = model(batch.input_ids, attention_mask=mask, labels=labels, use_cache=False)
+        return cast("Tensor", output.loss)
 
     return _step(model, loss)
 

@@ -47,16 +47,19 @@ class Replayed:
     sent_again = 0
     cached = 0
 
-    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+    def replayed(self, request: GenerationRequest) -> GenerationRequest:
+        """The request, with the tokens that its response lacks as its budget."""
         made = len(request.token_ids) - PROMPT_TOKENS
         if made:
             self.sent_again += len(request.token_ids)
-        left = self.length_of(request.seed) - made
-        return super().stream(replace(request, max_new_tokens=left))  # type: ignore[misc]
+        return replace(request, max_new_tokens=self.length_of(request.seed) - made)
 
 
 class ReplayedVLLM(Replayed, VLLMEngine):
     """vLLM's engine, which tells with a request's first output what it had cached."""
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        return super().stream(self.replayed(request))
 
     async def _outputs(
         self, token_ids: Sequence[int], params: Any, request_id: str
@@ -71,7 +74,10 @@ class ReplayedVLLM(Replayed, VLLMEngine):
 
 
 class ReplayedSimulation(Replayed, SimulatedEngine):
-    """The simulated engine, with step times near those of vLLM's CPU engine."""
+    """The simulated engine, which has no keys and values to compute."""
+
+    def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
+        return super().stream(self.replayed(request))
 
 
 class Prompts:
