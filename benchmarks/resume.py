@@ -20,8 +20,8 @@ from typing import Any
 
 import lightning as L
 from harness import Report, Table, by_turns, parse, parser
-from models import quiet
-from workload import reward
+from models import quiet, qwen3, save
+from reward import reward
 
 from copris_lightning import (
     BatchSize,
@@ -35,7 +35,6 @@ from copris_lightning import (
     WeightSync,
 )
 from copris_lightning.engines.simulated_tokens import LengthModel
-from copris_lightning.quickstart.warm_start import tiny_model
 from copris_lightning.rollout.rewards import Prompt
 
 GROUP_SIZE = 8
@@ -125,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     quiet()
     report = Report("resume", options)
     with tempfile.TemporaryDirectory() as folder:
-        model = str(tiny_model(Path(folder, "model"), hidden_size=64, layers=1))
+        context = 32 + 4 * options.tokens
+        made = qwen3(64, 1, vocab=98, context=context, head_dim=32)
+        model = save(made, Path(folder, "model"))
         for cap in options.caps:
             file = Path(folder, f"{cap}.ckpt")
             tokens = carried(model, cap, options.tokens, file)

@@ -27,8 +27,9 @@ from typing import Any
 
 from harness import Report, Table, by_turns, parse, parser, picked
 from models import quiet, qwen3, save
+from reward import reward
 from torch import Tensor
-from workload import PROMPT_TOKENS, Lengths, Prompts, ReplayedSimulation, ReplayedVLLM, reward
+from workload import PROMPT_TOKENS, Lengths, Prompts, ReplayedSimulation, ReplayedVLLM
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.trajectory import PromptGroup

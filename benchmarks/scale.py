@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from harness import Report, Table, by_turns, parse, parser
-from workload import PROMPT_TOKENS, Prompts, reward
+from reward import reward
+from workload import PROMPT_TOKENS, Prompts
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.engines.engine import Decoding, EngineSpec

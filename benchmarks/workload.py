@@ -1,5 +1,5 @@
-"""What the benchmarks roll out: prompts without end, a reward that takes no time, and engines on
-which every response has a length of its own that does not depend on the engine."""
+"""What the benchmarks roll out: prompts without end, and engines on which every response has a
+length of its own that does not depend on the engine."""
 
 from __future__ import annotations
 
@@ -96,7 +96,3 @@ class Prompts:
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}
-
-
-async def reward(response: str, prompt: Prompt) -> float:
-    return 1.0

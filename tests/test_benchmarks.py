@@ -250,7 +250,13 @@ def test_every_response_ends_at_its_own_length_over_all_its_stages() -> None:
     loop.run_until_complete(engine.start(EngineSpec("none", 16, 200, 98)))
     buffer = CarryOverBuffer(limit=16, group_size=2, batch_groups=4, max_new_tokens=90)
     shared = SharedEngine(engine, 16)
-    task = Task(workload.Prompts(), workload.reward, lambda ids: "", Decoding(), seed=3)
+    task = Task(
+        workload.Prompts(),
+        importlib.import_module("reward").reward,
+        lambda ids: "",
+        Decoding(),
+        seed=3,
+    )
     scheduler = RolloutScheduler(shared, buffer, task)
 
     async def stages() -> list[Any]:
