@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup quickstart simulated test test-engines test-models test-kills test-deepspeed
-.PHONY: check format clean
+.PHONY: check format clean bench
 
 setup: $(STAMP)
 
@@ -44,6 +44,14 @@ test-kills: setup
 # Every way to train under DeepSpeed, on two CPU processes.
 test-deepspeed: setup
 	$(BIN)/python -m pytest -m deepspeed $(ARGS)
+
+# How fast everything is, half an hour on two idle cores: benchmarks/README.md says how
+# to read it. ARGS="--quick" only shows that it runs; BENCHMARKS="rollout sync" takes some.
+BENCHMARKS ?= rollout training_step scoring resume sync scheduler scale rewards
+bench: setup
+	set -e; for name in $(BENCHMARKS); do \
+		$(BIN)/python benchmarks/$$name.py --output runs/bench $(ARGS); \
+	done
 
 check: setup
 	$(BIN)/ruff check .

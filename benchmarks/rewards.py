@@ -13,12 +13,13 @@ import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
+
+from harness import Report, Table, by_turns, parse, parser, picked
 
 from copris_lightning.rollout.rewards import Prompt, RewardScorer, Scoring
 
-BURST = 136
 STEP_S, OUTPUT_S = 0.02, 0.0005
 """How often the engine sends, and how long the loop's thread reads the output of one request."""
 
@@ -60,42 +61,62 @@ async def timed(scorer: RewardScorer, number: int, latencies: list[float]) -> No
     latencies.append(time.perf_counter() - began)
 
 
-async def burst(call: Callable[[int], Awaitable[None]]) -> None:
-    await asyncio.gather(*(call(i) for i in range(BURST)))
+async def burst(call: Callable[[int], Awaitable[None]], calls: int) -> None:
+    """All at once."""
+    await asyncio.gather(*(call(i) for i in range(calls)))
 
 
-async def steady(call: Callable[[int], Awaitable[None]]) -> None:
-    calls = []
+async def steady(call: Callable[[int], Awaitable[None]], calls: int) -> None:
+    """A hundred a second."""
+    going = []
     began = time.perf_counter()
-    for i in range(300):
+    for i in range(calls):
         await asyncio.sleep(max(0.0, began + i / 100 - time.perf_counter()))
-        calls.append(asyncio.ensure_future(call(i)))
-    await asyncio.gather(*calls)
+        going.append(asyncio.ensure_future(call(i)))
+    await asyncio.gather(*going)
 
 
-async def measure(reward: Any, workers: int, busy: float) -> None:
-    scorer = RewardScorer(Scoring(reward, workers=workers))
+PATTERNS = {"burst": burst, "steady": steady}
+
+
+async def measure(reward: Any, pattern: str, options: argparse.Namespace) -> dict[str, float]:
+    """One pattern of calls, in a pool of its own."""
+    scorer = RewardScorer(Scoring(reward, workers=options.workers))
     await scorer.start()
-    reading = asyncio.ensure_future(read_tokens(busy)) if busy else None
-    for pattern in (burst, steady):
-        latencies: list[float] = []
-        began = time.perf_counter()
-        await pattern(lambda i, latencies=latencies: timed(scorer, i, latencies))
-        rate = len(latencies) / (time.perf_counter() - began)
-        median, last = statistics.median(latencies), sorted(latencies)[int(len(latencies) * 0.99)]
-        print(
-            f"{reward.__name__:7} {pattern.__name__:6} {rate:6.0f} calls/s,"
-            f" median {1e3 * median:5.0f} ms, 99 % within {1e3 * last:5.0f} ms"
-        )
+    reading = asyncio.ensure_future(read_tokens(options.busy)) if options.busy else None
+    latencies: list[float] = []
+    began = time.perf_counter()
+    await PATTERNS[pattern](lambda i: timed(scorer, i, latencies), getattr(options, pattern))
+    rate = len(latencies) / (time.perf_counter() - began)
     if reading is not None:
         reading.cancel()
     scorer.close()
+    last = sorted(latencies)[int(len(latencies) * 0.99)]
+    return {"rate": rate, "median": 1e3 * statistics.median(latencies), "last": 1e3 * last}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    line = parser(__doc__, rounds=3)
+    line.add_argument("--busy", type=float, default=0.75, help="share of the time")
+    line.add_argument("--workers", type=int, default=1)
+    line.add_argument("--burst", type=int, default=136, help="calls at once")
+    line.add_argument("--steady", type=int, default=300, help="calls, a hundred a second")
+    options = parse(line, arguments, {"burst": 10, "steady": 10})
+    report = Report("rewards", options)
+    variants = {
+        f"{reward.__name__}, {pattern}": lambda reward=reward, pattern=pattern: asyncio.run(
+            measure(reward, pattern, options)
+        )
+        for reward in (quick, uneven, judged)
+        for pattern in PATTERNS
+    }
+    turns = by_turns(variants, options.rounds)
+    report.add(Table("calls/s", picked(turns, "rate")))
+    for key, title in (("median", "ms of a call"), ("last", "ms within which are 99 %")):
+        report.add(Table(title, picked(turns, key), higher_is_better=False))
+    report.write()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--busy", type=float, default=0.75, help="share of the time")
-    parser.add_argument("--workers", type=int, default=1)
-    args = parser.parse_args()
-    for reward in (quick, uneven, judged):
-        asyncio.run(measure(reward, args.workers, args.busy))
+    main()

@@ -13,51 +13,37 @@ the engine's, so that whose time that is cannot be told. ``--collector`` leaves 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import gc
 import itertools
 import time
 import tracemalloc
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
+from functools import partial
 from typing import Any
+
+from harness import Report, Table, by_turns, parse, parser
+from reward import reward
+from workload import PROMPT_TOKENS, Prompts
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.engines.engine import Decoding, EngineSpec, GenerationRequest
-from copris_lightning.engines.simulated import LengthModel, SimulatedEngine, StepTime
-from copris_lightning.rollout.rewards import Prompt
+from copris_lightning.engines.simulated import SimulatedEngine
+from copris_lightning.engines.simulated_tokens import LengthModel, StepTime
 from copris_lightning.rollout.scheduler import RolloutScheduler
 from copris_lightning.rollout.shared_engine import SharedEngine
-from copris_lightning.rollout.task import QueuedPrompt, Task, trajectory_seed
+from copris_lightning.rollout.task import Task, trajectory_seed
 
 STOP = 0
 VOCAB = 100_000
 MAX_TOKENS = 1000
 LENGTHS = LengthModel(median=40.0, sigma=0.0)
 """Geometric: as many responses end in the first step as in the last."""
-PROMPT = tuple(range(1, 17))
+PROMPT = tuple(range(PROMPT_TOKENS))
 GROUP = 8
 NEVER = 10**9
 """Groups in a batch that no stage here will fill."""
-
-
-class Prompts:
-    """The same one without end."""
-
-    def __init__(self) -> None:
-        self.taken = itertools.count()
-
-    def next(self) -> QueuedPrompt:
-        index = next(self.taken)
-        return QueuedPrompt(Prompt(f"p{index}", text=""), index, PROMPT)
-
-    def prompt(self, index: int) -> Prompt:
-        return Prompt(f"p{index}", text="")
-
-
-async def reward(response: str, prompt: Prompt) -> float:
-    return 1.0
 
 
 class Setup(ABC):
@@ -67,7 +53,7 @@ class Setup(ABC):
         self.in_flight = in_flight
         self.engine = SimulatedEngine(LENGTHS, StepTime(1.0, 0.0))
         self.loop = self.engine.new_event_loop()
-        spec = EngineSpec("none", in_flight, len(PROMPT) + MAX_TOKENS, VOCAB)
+        spec = EngineSpec("none", in_flight, PROMPT_TOKENS + MAX_TOKENS, VOCAB)
         self.loop.run_until_complete(self.engine.start(spec))
         self._work = [self.loop.create_task(work) for work in self.consumers()]
         self.run(2)
@@ -131,22 +117,23 @@ class WithScheduler(Setup):
         super().close()
 
 
-def seconds_per_chunk(in_flight: int, chunks: int, turns: int, *, collector: bool) -> float:
+def us_per_chunk(in_flight: int, chunks: int, turns: int, *, collector: bool) -> list[float]:
     """Of scheduler and buffer, by turns of some steps with the engine alone and with them."""
-    alone, scheduled = EngineAlone(in_flight), WithScheduler(in_flight)
+    setups = {"alone": EngineAlone(in_flight), "scheduled": WithScheduler(in_flight)}
     steps = max(1, chunks // in_flight // turns)
-    costs = {alone: [], scheduled: []}
-    for _ in range(turns):
-        for setup, cost in costs.items():
-            gc.collect()
-            if not collector:
-                gc.disable()
-            seconds, made = setup.run(steps)
-            gc.enable()
-            cost.append(seconds / made)
-    alone.close()
-    scheduled.close()
-    return sum(costs[scheduled]) / turns - sum(costs[alone]) / turns
+
+    def turn(setup: Setup) -> float:
+        gc.collect()
+        if not collector:
+            gc.disable()
+        seconds, made = setup.run(steps)
+        gc.enable()
+        return 1e6 * seconds / made
+
+    costs = by_turns({name: partial(turn, setup) for name, setup in setups.items()}, turns)
+    for setup in setups.values():
+        setup.close()
+    return [both - one for both, one in zip(costs["scheduled"], costs["alone"], strict=True)]
 
 
 def bytes_per_token(trajectories: int, length: int) -> float:
@@ -168,20 +155,26 @@ def bytes_per_token(trajectories: int, length: int) -> float:
     return held / (trajectories * length)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--in-flight", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
-    parser.add_argument("--chunks", type=int, default=1_000_000, help="per line, about")
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--collector", action="store_true", help="leave it on")
-    parser.add_argument("--held", type=int, default=1_000_000, help="tokens to hold in memory")
-    args = parser.parse_args()
-    for in_flight in args.in_flight:
-        seconds = seconds_per_chunk(in_flight, args.chunks, args.turns, collector=args.collector)
-        print(f"{in_flight:,} in flight: {1e6 * seconds:.1f} us per chunk", flush=True)
-    print(f"{bytes_per_token(-(-args.held // 1000), 1000):.1f} bytes per token held")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    line = parser(__doc__, rounds=5)
+    line.add_argument("--in-flight", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000])
+    line.add_argument("--chunks", type=int, default=1_000_000, help="per number in flight, about")
+    line.add_argument("--collector", action="store_true", help="leave it on")
+    line.add_argument("--held", type=int, default=1_000_000, help="tokens to hold in memory")
+    quick = {"in_flight": [100, 1_000], "chunks": 4000, "rounds": 2, "held": 2000}
+    options = parse(line, arguments, quick)
+    report = Report("scheduler", options)
+    costs = {
+        f"{n:,} in flight": us_per_chunk(
+            n, options.chunks, options.rounds, collector=options.collector
+        )
+        for n in options.in_flight
+    }
+    report.add(Table("us per chunk", costs, (next(iter(costs)),), higher_is_better=False))
+    held = {"held": [bytes_per_token(-(-options.held // 1000), 1000)]}
+    report.add(Table("bytes per token", held, higher_is_better=False))
+    report.write()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import pytest
 
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "copris_lightning"
+BENCHMARKS = TESTS.parent / "benchmarks"
 
 BELOW = {
     "cli": {"callbacks", "datamodules", "policy", "rollout", "engines", "weights", "runs", "core"},
@@ -164,6 +165,10 @@ def counts() -> Iterator[tuple[str, str, int]]:
             yield "YAML keys", place, len(YAML_KEY.findall(text))
         with_temperature += bool(re.search(r"\btemperature\b", text))
     yield "files with temperature", "the package", with_temperature
+    for path in sorted(BENCHMARKS.glob("*.py")):
+        place, text = f"benchmarks/{path.name}", path.read_text()
+        yield "lines", place, len(text.splitlines())
+        yield from counts_within(ast.parse(text), place)
     for path in sorted(TESTS.rglob("*.py")):
         place = str(path.relative_to(TESTS.parent))
         yield "lines of a test file", place, len(path.read_text().splitlines())

@@ -1,10 +1,16 @@
-"""The benchmarks: their command lines are understood, and they report what was measured."""
+"""The benchmarks: each runs, in small, and says what it measured; what they share is right."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import importlib.util
-import re
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -78,30 +84,208 @@ def test_it_reports_and_draws_what_the_runs_logged(
     assert "<svg" in (tmp_path / "figure.svg").read_text()
 
 
-def test_the_schedulers_benchmark_prints_a_line_for_each_number_in_flight(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--in-flight", "100", "1000", "--chunks", "4000", "--turns", "2", "--held", "2000"]
-    monkeypatch.setattr("sys.argv", ["scheduler.py", *arguments])
-    load("scheduler").main()
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3
-    assert re.fullmatch(r"100 in flight: -?\d+\.\d us per chunk", lines[0])
-    assert re.fullmatch(r"1,000 in flight: -?\d+\.\d us per chunk", lines[1])
-    held = re.fullmatch(r"(\d+\.\d) bytes per token held", lines[2])
-    assert held is not None
-    assert 8 <= float(held[1]) < 200
+# ---------------------------------------------------------------- each of them, in small
 
 
-def test_scoring_in_both_cuts_is_timed_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    load("scoring").main(["--hidden-size=64", "--layers=1", "--rounds=1"])
-    head, whole, cut = capsys.readouterr().out.splitlines()
-    assert head.startswith("64 rows of 4")
-    found = [
-        re.match(r"(.*): (\d+) passes, padded / real tokens ([\d.]+), [\d.]+ s", line)
-        for line in (whole, cut)
-    ]
-    (first, one, most), (second, some, least) = (match.groups() for match in found if match)
-    assert (first, second) == ("fewest passes", "cut by length")
-    assert int(one) == 1 < int(some)
-    assert float(least) < 1.25 < float(most)
+def quick(name: str, output: Path, *arguments: str) -> dict[str, dict[str, Any]]:
+    """Runs a benchmark as a user does. Its tables by their titles, with each variant's figures."""
+    command = [sys.executable, f"benchmarks/{name}.py", "--quick", "--output", str(output)]
+    subprocess.run([*command, *arguments], cwd=ROOT, check=True, timeout=280)
+    text = (output / f"{name}.json").read_text()
+    made = json.loads(text)
+    assert made["benchmark"] == name
+    assert made["machine"]["cores"] >= 1
+    assert "torch" in made["machine"]
+    assert str(output) not in text
+    assert "<svg" in (output / f"{name}.svg").read_text()
+    tables = {table["title"]: table["variants"] for table in made["tables"]}
+    for title, variants in tables.items():
+        for figures in variants.values():
+            assert len(figures["rounds"]) in (1, made["options"]["rounds"]), title
+            assert all(map(math.isfinite, figures["rounds"])), title
+    return tables
+
+
+def median(tables: dict[str, dict[str, Any]], title: str, variant: str) -> float:
+    [found] = [variants for name, variants in tables.items() if title in name]
+    return float(found[variant]["median"])
+
+
+def check_rollout(tables: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    again = "prefix tokens computed again"
+    assert median(tables, again, "sync") == 0 < median(tables, again, "staged fresh")
+    trained, generated, against_uncut = list(tables.values())[:3]
+    assert against_uncut["uncut, log-probs"]["ratio"] == 1
+    for rates in (trained, generated):
+        assert {"sync", "staged fresh", "uncut, log-probs"} <= set(rates)
+        best = max(rates[name]["median"] for name in ("sync", "sync, log-probs"))
+        for figures in rates.values():
+            assert figures["ratio"] == pytest.approx(figures["median"] / best)
+    for name in ("sync", "sync, log-probs"):  # nothing is left over
+        assert trained[name]["median"] == pytest.approx(generated[name]["median"])
+    return generated
+
+
+def test_a_rollout_on_virtual_time_gains_and_comes_near_the_upper_bound(tmp_path: Path) -> None:
+    rates = check_rollout(quick("rollout", tmp_path, "--simulated"))
+    sync, fresh, uncut = (rates[name]["median"] for name in ("sync", "staged fresh", "uncut"))
+    assert 1.2 * sync < fresh < 1.02 * uncut
+
+
+@pytest.mark.engines
+def test_a_rollout_on_the_real_engine(tmp_path: Path) -> None:
+    check_rollout(quick("rollout", tmp_path))
+
+
+@pytest.mark.engines
+def test_a_sync_is_timed_beside_a_copy_and_step_by_step(tmp_path: Path) -> None:
+    tables = quick("sync", tmp_path)
+    whole = next(v for title, v in tables.items() if title.endswith(": seconds"))
+    steps = next(v for title, v in tables.items() if title.endswith("of each step"))
+    total = sum(figures["rounds"][0] for figures in steps.values())
+    assert total == pytest.approx(whole["sync"]["rounds"][0])
+    assert whole["copy"]["median"] < whole["sync"]["median"]
+    assert median(tables, "peak", "files, in weights") >= 1
+
+
+def test_a_training_step_is_timed_beside_plain_transformers(tmp_path: Path) -> None:
+    tables = quick("training_step", tmp_path)
+    assert median(tables, "seconds of a step", "transformers") > 0
+    assert median(tables, "seconds of a step", "ours") > 0
+
+
+def test_a_resume_is_timed_beside_a_run_that_begins_anew(tmp_path: Path) -> None:
+    tables = quick("resume", tmp_path)
+    [title] = tables
+    assert int(title.split(" in flight, ")[1].split(" tokens")[0].replace(",", "")) > 0
+    assert median(tables, title, "resumed") > 0
+
+
+def test_what_grows_is_measured_at_each_size(tmp_path: Path) -> None:
+    stages, buffer = quick("scale", tmp_path).values()
+    assert list(stages) == ["16 in flight", "32 in flight"]
+    assert list(buffer) == ["2 groups", "4 groups"]
+
+
+def test_the_scheduler_is_measured_at_each_number_in_flight(tmp_path: Path) -> None:
+    tables = quick("scheduler", tmp_path)
+    assert list(tables["us per chunk"]) == ["100 in flight", "1,000 in flight"]
+    assert 8 <= median(tables, "bytes per token", "held") < 200
+
+
+def test_scoring_in_both_cuts_is_timed_side_by_side(tmp_path: Path) -> None:
+    tables = quick("scoring", tmp_path)
+    assert (
+        median(tables, "passes", "fewest passes") == 1 < median(tables, "passes", "cut by length")
+    )
+    padding = "padded / real tokens"
+    assert (
+        median(tables, padding, "cut by length") < 1.25 < median(tables, padding, "fewest passes")
+    )
+
+
+def test_rewards_are_timed_in_every_pattern(tmp_path: Path) -> None:
+    tables = quick("rewards", tmp_path)
+    assert len(tables["calls/s"]) == 6
+    assert median(tables, "ms of a call", "judged, burst") > 20
+
+
+def test_unbiasedness_draws_its_figure(tmp_path: Path) -> None:
+    figure = tmp_path / "figure.svg"
+    command = [sys.executable, "benchmarks/unbiasedness.py", "--quick", "--output", str(figure)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "token ratio, clipped: nearer than none" in done.stdout
+    assert "<svg" in figure.read_text()
+
+
+# ---------------------------------------------------------------- what they share
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The benchmarks' own modules can be imported, for one test."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield
+    for name in set(sys.modules) - before:
+        if str(ROOT / "benchmarks") in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("shared")
+def test_variants_run_by_turns_every_other_round_in_reverse() -> None:
+    harness = importlib.import_module("harness")
+    ran: list[str] = []
+    variants = {name: lambda name=name: ran.append(name) or len(ran) for name in "abc"}
+    values = harness.by_turns(variants, 2, warm_up=1)
+    assert "".join(ran) == "abccbaabc"
+    assert values == {"a": [6, 7], "b": [5, 8], "c": [4, 9]}
+
+
+@pytest.mark.usefixtures("shared")
+def test_ratios_are_of_one_round_to_the_best_baseline() -> None:
+    table = importlib.import_module("harness").Table
+    values = {"ours": [30.0, 10.0, 90.0], "slow": [1.0, 1.0, 1.0], "fast": [10.0, 5.0, 30.0]}
+    rates = table("tokens/s", values, ("slow", "fast", "absent"))
+    assert (rates.baseline, rates.ratios("ours")) == ("fast", [3, 2, 3])
+    times = table("seconds", values, ("slow", "fast"), higher_is_better=False)
+    assert (times.baseline, times.ratios("ours")) == ("slow", [30, 10, 90])
+    assert table("seconds", values).ratios("ours") == []
+    assert "30 (10 to 90)" in str(rates)
+    assert "3.00 (2.00 to 3.00)" in str(rates)
+
+
+@pytest.mark.usefixtures("shared")
+def test_every_response_ends_at_its_own_length_over_all_its_stages() -> None:
+    from copris_lightning.core.buffer import CarryOverBuffer
+    from copris_lightning.engines.engine import Decoding, EngineSpec
+    from copris_lightning.rollout.scheduler import RolloutScheduler
+    from copris_lightning.rollout.shared_engine import SharedEngine
+    from copris_lightning.rollout.task import Task, trajectory_seed
+
+    workload = importlib.import_module("workload")
+    engine = workload.ReplayedSimulation()
+    engine.length_of = lengths = workload.Lengths(median=20, sigma=1.0, limit=90)
+    loop = engine.new_event_loop()
+    loop.run_until_complete(engine.start(EngineSpec("none", 16, 200, 98)))
+    buffer = CarryOverBuffer(limit=16, group_size=2, batch_groups=4, max_new_tokens=90)
+    shared = SharedEngine(engine, 16)
+    task = Task(
+        workload.Prompts(),
+        importlib.import_module("reward").reward,
+        lambda ids: "",
+        Decoding(),
+        seed=3,
+    )
+    scheduler = RolloutScheduler(shared, buffer, task)
+
+    async def stages() -> list[Any]:
+        groups = []
+        for version in range(1, 7):
+            groups += (await scheduler.take())[0]
+            await shared.hold()
+            await shared.release(version)
+        await scheduler.close()
+        await engine.close()
+        return groups
+
+    rows = [t for group in loop.run_until_complete(stages()) for t in group.trajectories]
+    loop.close()
+    found = [t.response_length for t in rows]
+    assert found == [lengths(trajectory_seed(3, t.group_id, t.sample)) for t in rows]
+    assert any(len(t.segments) > 1 for t in rows)
+    assert engine.sent_again > 0
+    assert engine.cached == 0
+
+
+@pytest.mark.usefixtures("shared")
+def test_replayed_lengths_are_log_normal_up_to_the_limit() -> None:
+    from copris_lightning.rollout.task import trajectory_seed
+
+    lengths = importlib.import_module("workload").Lengths(median=120, sigma=1.0, limit=1500)
+    drawn = [lengths(trajectory_seed(0, group, 0)) for group in range(4000)]
+    assert statistics.median(drawn) == pytest.approx(120, rel=0.05)
+    logs = [math.log(n) for n in drawn if n < 1500]
+    assert statistics.stdev(logs) == pytest.approx(1.0, abs=0.05)
+    assert min(drawn) >= 1
+    assert max(drawn) == 1500

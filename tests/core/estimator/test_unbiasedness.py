@@ -20,8 +20,8 @@ SAMPLES = 200_000
 
 
 def load() -> ModuleType:
-    path = Path(__file__).parents[3] / "benchmarks" / "unbiasedness.py"
-    spec = importlib.util.spec_from_file_location("unbiasedness", path)
+    path = Path(__file__).parents[3] / "benchmarks" / "enumeration.py"
+    spec = importlib.util.spec_from_file_location("enumeration", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
