@@ -69,6 +69,9 @@ WAYS = {
     "sync, log-probs": Way(logprobs=True, max_staleness=0),
     "staged fresh": Way(logprobs=False),
     "staged fresh, log-probs": Way(logprobs=True),
+    "staged kept": Way(logprobs=True, flow={"keeps": True}),
+    "streaming fresh": Way(logprobs=True, flow={"streams": True}),
+    "streaming kept": Way(logprobs=True, flow={"keeps": True, "streams": True}),
     "uncut": Way(logprobs=False, has_stages=False),
     "uncut, log-probs": Way(logprobs=True, has_stages=False),
 }
