@@ -71,6 +71,29 @@ def test_a_flow_loses_mislabels_and_delays_nothing(rollout, flow, interval, trai
 
 
 @every_flow
+def test_figures_of_a_run_whose_weights_come_before_its_first_batch(rollout, flow):
+    run = rollout(**{**SMALL, **flow}, training_s=0.3, max_staleness=2, sigma=1.5)
+    run.run(asyncio.sleep(1000.0))
+    run.sync()
+    begun = run.loop.time()
+    taken = []
+    for _ in range(8):
+        groups, stats = run.collect()
+        taken.append(stats)
+        last = run.loop.time()
+        begun_here = [t for t in run.buffer.trajectories() if t.response_length]
+        unfinished = sum(t.finish_reason is None for t in begun_here)
+        assert unfinished <= stats.carried_over <= run.buffer.limit
+        assert stats.balance.missing == stats.balance.restored == 0
+        run.sync()
+    if flow["streams"]:
+        assert sum(stats.seconds for stats in taken) == pytest.approx(last - begun)
+    assert sum(stats.seconds for stats in taken) <= last - begun
+    assert any(stats.carried_over for stats in taken)
+    check(run, 2)
+
+
+@every_flow
 def test_a_run_is_the_same_each_time(rollout, flow):
     runs = [rollout(**{**SMALL, **flow}, training_s=0.3, max_staleness=1) for _ in range(2)]
     for run in runs:
