@@ -49,7 +49,7 @@ class StageStats:
             generation goes on meanwhile.
         tokens: response tokens received.
         resent_tokens: response tokens sent again as prefix when trajectories resumed.
-        carried_over: trajectories left unfinished at the end.
+        carried_over: trajectories begun and left unfinished at the end, in flight or not.
         ready_groups: complete groups left for the next batch.
         dropped_groups: complete groups that were not accepted, since the stage before ended.
         in_flight_mean: time average of trajectories in flight.
@@ -130,7 +130,7 @@ class Figures:
             seconds=seconds,
             tokens=stage["tokens"],
             resent_tokens=stage["resent"],
-            carried_over=self._buffer.count(Status.CARRIED_OVER),
+            carried_over=self._buffer.count(Status.CARRIED_OVER) + self._buffer.in_flight,
             ready_groups=self._buffer.ready_groups,
             dropped_groups=stage["groups"],
             in_flight_mean=area / seconds if seconds > 0 else 0.0,

@@ -217,8 +217,7 @@ class RolloutScheduler:
 
     @property
     def _goes_on(self) -> bool:
-        """Whether it generates between two takes; also before the first, in a run that goes on
-        within a batch."""
+        """Whether it generates between two takes, and from its first weights on."""
         return self.shared.streams and not self.is_alone
 
     @property
@@ -309,6 +308,8 @@ class RolloutScheduler:
         """Tokens to come may bear ``version``. (A loaded buffer may be ahead of an engine that
         awaits its first weights.)"""
         self.buffer.advance(max(version, self.buffer.version))
+        if self._goes_on and not self.wants_work:
+            self.figures.begin(asyncio.get_running_loop().time(), self.in_flight)
         self.wants_work |= self._goes_on
         self._changed.set()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal, Protocol
 
 from copris_lightning.engines.engine import Engine
@@ -20,6 +20,7 @@ from copris_lightning.engines.virtual_time import (
     time_passes,
     training,
 )
+from copris_lightning.errors import EngineError
 
 State = Literal["ended", "kept", "runs"]
 """Held, and no stream is open; held with its streams; or not held."""
@@ -146,16 +147,20 @@ class SharedEngine:
         self.version, self._awaits_release, self._has_new_weights = version, False, True
         for tenant in self._tenants:
             tenant.released(version)
-        if self.keeps:
-            await self.go_on()
-        else:  # nothing is there to go on before its time
+        if self._is_wanted or not self.keeps:  # else nothing goes on before its time
             await _finish(self._run())
 
     async def go_on(self) -> None:
         """Generate, if somebody wants it: who waits for a batch or, where the engine streams, who
-        has taken one before."""
-        if any(tenant.wants_work for tenant in self._tenants):
-            await _finish(self._run())
+        has been given weights. An engine that cannot tells whoever needs it next: this is asked by
+        those who are done with it."""
+        if self._is_wanted:
+            with suppress(EngineError):
+                await _finish(self._run())
+
+    @property
+    def _is_wanted(self) -> bool:
+        return any(tenant.wants_work for tenant in self._tenants)
 
     # -- stages ----------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from trajectories import plain
 
 from copris_lightning.engines.simulated_tokens import Faults
+from copris_lightning.errors import EngineError
 
 FLOWS = {
     "staged, fresh": {"streams": False, "keeps": False},
@@ -68,6 +69,29 @@ def test_a_flow_loses_mislabels_and_delays_nothing(rollout, flow, interval, trai
         assert any(len(t.segments) > 1 for g in run.groups for t in g.trajectories)
         assert any(s.kv_version < s.version for s in found) == flow["keeps"]
         assert bool(run.of_kind("resume")) != flow["keeps"]
+
+
+@every_flow
+def test_figures_of_a_run_whose_weights_come_before_its_first_batch(rollout, flow):
+    run = rollout(**{**SMALL, **flow}, training_s=0.3, max_staleness=2, sigma=1.5)
+    run.run(asyncio.sleep(1000.0))
+    run.sync()
+    begun = run.loop.time()
+    taken = []
+    for _ in range(8):
+        _, stats = run.collect()
+        taken.append(stats)
+        last = run.loop.time()
+        begun_here = [t for t in run.buffer.trajectories() if t.response_length]
+        unfinished = sum(t.finish_reason is None for t in begun_here)
+        assert unfinished <= stats.carried_over <= run.buffer.limit
+        assert stats.balance.missing == stats.balance.restored == 0
+        run.sync()
+    if flow["streams"]:
+        assert sum(stats.seconds for stats in taken) == pytest.approx(last - begun)
+    assert sum(stats.seconds for stats in taken) <= last - begun
+    assert any(stats.carried_over for stats in taken)
+    check(run, 2)
 
 
 @every_flow
@@ -215,3 +239,42 @@ def test_a_take_that_is_stopped_leaves_all_tokens_in_the_buffer(rollout, flow):
     assert run.scheduler.figures.balance().generated == run.engine.tokens_made
     run.stages(3)
     check(run, 2)
+
+
+@every_flow
+def test_what_an_engine_made_is_saved_if_it_dies_during_training(rollout, flow):
+    run = rollout(**{**SMALL, **flow}, training_s=0.3, max_staleness=2)
+    run.sync()
+    run.stages(3)
+    run.collect()
+    run.engine.kill()
+    state = run.run(run.scheduler.snapshot())
+    assert run.buffer.in_flight == 0
+    assert run.scheduler.figures.balance().generated == run.engine.tokens_made
+    saved, version = run.scheduler.figures.balance().carried, run.shared.version
+    with pytest.raises(EngineError, match="not running"):
+        run.stages(4)
+    heir = rollout(**{**SMALL, **flow}, max_staleness=2)
+    heir.buffer.load_state_dict(state["buffer"])
+    heir.prompts.load_state_dict(state["prompts"])
+    heir.sync(version)
+    heir.stages(4)
+    heir.end_streams()
+    heir.check_all_tokens()
+    balance = heir.scheduler.figures.balance()
+    assert balance.restored == saved
+    assert balance.missing == 0
+
+
+@every_flow
+def test_an_engine_that_dies_in_an_evaluation_is_told_by_its_death(rollout, flow):
+    run = rollout(**{**SMALL, **flow}, max_staleness=2)
+    run.sync()
+    run.stages(2)
+    other = rollout(**SMALL, shared=run.shared, loop=run.loop, name="val", seed=9, is_alone=True)
+    run.engine.faults = Faults(die_after_tokens=run.engine.tokens_made + 10)
+    with pytest.raises(EngineError, match="died"):
+        other.collect()
+    run.run(other.scheduler.close())
+    with pytest.raises(EngineError, match="not running"):
+        run.stages(2)
