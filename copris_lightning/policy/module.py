@@ -26,7 +26,7 @@ from copris_lightning.policy.open_batch import OpenBatch
 from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import embedding_rows, empty_model, load_config, load_model
 from copris_lightning.policy.settings import Memory, Precision
-from copris_lightning.policy.sharding import shard
+from copris_lightning.policy.sharding import score, shard
 from copris_lightning.policy.zero import splitting
 from copris_lightning.weights.adapter import AdapterShape
 from copris_lightning.weights.export import as_saved, saved_buffers
@@ -139,6 +139,14 @@ class CoprisModule(L.LightningModule):
         if kl is not None and not self._reference and not self._holds_reference:
             reference = self._load(kl.reference or self.model, is_trained=False)
             self._reference = [reference.to(self.device)]
+
+    def pack(self) -> None:
+        """Go over to passes without padding, if set; on all ranks, once weights are restored."""
+        if self.memory.packing:
+            assert self.policy is not None, "configure_model() has not run"
+            self.policy.pack(lambda batch: score(self.trainer, batch))
+            for policy in self._reference:
+                policy.pack(policy.ask)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Log-probs of the response tokens under the current policy, ``[B, R]``, 0 at padding."""

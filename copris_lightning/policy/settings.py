@@ -30,10 +30,13 @@ class Memory:
     """What a step keeps, and what it computes again instead.
 
     Attributes:
+        packing: compute on sequences one after the other, without padding, where the model gives
+            the same log-probs by it (a run begins by looking); else on padded ones.
         gradient_checkpointing: recompute activations in the backward pass.
         logprob_chunk_tokens: tokens whose logits are held at a time.
     """
 
+    packing: bool = True
     gradient_checkpointing: bool = False
     logprob_chunk_tokens: int = 1024
 
