@@ -21,6 +21,7 @@ from copris_lightning.core.estimator.normalization import NORMALIZATIONS
 from copris_lightning.core.estimator.ratios import TokenTerms
 from copris_lightning.core.evaluation import EvaluationBatch, avg_at_k, pass_at_k
 from copris_lightning.errors import ConfigurationError, QuarantineError, under
+from copris_lightning.policy.kernels import apply_liger, check_liger
 from copris_lightning.policy.lora import LoRA, without_adapters
 from copris_lightning.policy.open_batch import OpenBatch
 from copris_lightning.policy.policy import Policy
@@ -80,6 +81,8 @@ class CoprisModule(L.LightningModule):
         if lora is not None:
             with under("lora"):
                 lora.check(empty_model(model, trust_remote_code=trust_remote_code))
+        if precision.liger:
+            check_liger(config)
         self.model = model
         self.estimator = estimator
         self.lora = lora
@@ -118,6 +121,8 @@ class CoprisModule(L.LightningModule):
         )
         # from_pretrained returns the model in eval mode, in which Lightning would leave it.
         loaded.train(is_trained).requires_grad_(is_trained)
+        if self.precision.liger:
+            apply_liger(loaded)
         if is_trained and self.lora is not None:
             self.lora.insert(loaded)
         policy = Policy(loaded, chunk_tokens=self.memory.logprob_chunk_tokens)

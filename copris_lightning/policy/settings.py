@@ -15,10 +15,12 @@ class Precision:
     Attributes:
         dtype: of the parameters: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: as for ``from_pretrained``.
+        liger: with Liger's kernels for norms, rotary positions and MLPs (GPUs, ``liger-kernel``).
     """
 
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
+    liger: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):

@@ -20,6 +20,7 @@ from transformers.masking_utils import flash_attention_mask
 
 from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.trajectory import Trajectory
+from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.packing import obstacle, packs_as_it_pads
 from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import load_model
@@ -223,3 +224,8 @@ def test_flash_attention_is_handed_the_lengths_of_the_sequences(
     assert obstacle(policy.model) is None
     policy.packs = True
     assert (policy.ask(batch) - expected).abs().max() < 2e-5
+
+
+def test_ligers_kernels_are_refused_where_they_cannot_run(tiny_checkpoint: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"^precision\.liger=true"):
+        small_module(tiny_checkpoint, liger=True)
