@@ -93,15 +93,20 @@ def test_the_schedulers_benchmark_prints_a_line_for_each_number_in_flight(
     assert 8 <= float(held[1]) < 200
 
 
-def test_scoring_in_both_cuts_is_timed_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
-    load("scoring").main(["--hidden-size=64", "--layers=1", "--rounds=1"])
-    head, whole, cut = capsys.readouterr().out.splitlines()
-    assert head.startswith("64 rows of 4")
-    found = [
-        re.match(r"(.*): (\d+) passes, padded / real tokens ([\d.]+), [\d.]+ s", line)
-        for line in (whole, cut)
-    ]
-    (first, one, most), (second, some, least) = (match.groups() for match in found if match)
-    assert (first, second) == ("fewest passes", "cut by length")
-    assert int(one) == 1 < int(some)
-    assert float(least) < 1.25 < float(most)
+@pytest.mark.parametrize("more", [[], ["--train"]])
+def test_packed_padded_and_equal_rows_are_timed_side_by_side(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    load("scoring").main(["--hidden-size=64", "--layers=1", "--rounds=1", *more])
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert re.match(r"64 rows of 4\d to 4\d\d tokens", head)
+    pattern = (
+        r"(.*): (\d+) passes, computed / real tokens ([\d.]+), [\d.]+ s \(.*\), "
+        r"[\d.]+ of equal rows"
+    )
+    found = {m[1]: (int(m[2]), float(m[3])) for m in (re.fullmatch(pattern, x) for x in lines) if m}
+    assert list(found) == ["packed", "cut by length", "fewest passes", "equal rows"]
+    assert found["packed"] == (2, 1.0)
+    assert found["equal rows"][1] == 1.0
+    assert 1.0 < found["cut by length"][1] < found["fewest passes"][1]
+    assert found["fewest passes"][0] < found["cut by length"][0]
