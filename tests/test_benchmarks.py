@@ -173,15 +173,19 @@ def test_the_scheduler_is_measured_at_each_number_in_flight(tmp_path: Path) -> N
     assert 8 <= median(tables, "bytes per token", "held") < 200
 
 
-def test_scoring_in_both_cuts_is_timed_side_by_side(tmp_path: Path) -> None:
-    tables = quick("scoring", tmp_path)
-    assert (
-        median(tables, "passes", "fewest passes") == 1 < median(tables, "passes", "cut by length")
+@pytest.mark.parametrize("more", [[], ["--train"]], ids=["scoring", "training"])
+def test_packed_padded_and_equal_rows_are_timed_side_by_side(
+    tmp_path: Path, more: list[str]
+) -> None:
+    tables = quick("scoring", tmp_path, *more)
+    computed, passes = (
+        {name: figures["median"] for name, figures in tables[title].items()}
+        for title in ("computed / real tokens", "passes")
     )
-    padding = "padded / real tokens"
-    assert (
-        median(tables, padding, "cut by length") < 1.25 < median(tables, padding, "fewest passes")
-    )
+    assert list(computed) == ["packed", "cut by length", "fewest passes", "equal rows"]
+    assert computed["packed"] == 1 == computed["equal rows"]
+    assert 1 < computed["cut by length"] < computed["fewest passes"]
+    assert passes["fewest passes"] < passes["cut by length"]
 
 
 def test_rewards_are_timed_in_every_pattern(tmp_path: Path) -> None:

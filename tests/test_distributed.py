@@ -28,10 +28,12 @@ def results(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="module")
 def alone(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The same training on one rank, where twice as many micro-batches make a batch."""
+    """The same training on one rank, where twice as many micro-batches make a batch; on padded
+    sequences, while the two ranks pack theirs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield train("one", tiny_checkpoint, tmp_path_factory.mktemp("one"))
+    directory = tmp_path_factory.mktemp("one")
+    yield train("one", tiny_checkpoint, directory, model={"packing": False})
     torch.set_num_threads(threads)
 
 

@@ -235,6 +235,8 @@ class WeightSync(L.Callback):
     def _first_sync(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._is_synced:
             if datamodule(trainer).feed is not None:
+                assert isinstance(pl_module, CoprisModule)
+                pl_module.pack()
                 check_repeatable(trainer, datamodule(trainer), pl_module)
             # A checkpoint taken between an optimizer step and its sync holds newer weights than
             # those that bear the saved version. If it was taken within a batch, the batch's own

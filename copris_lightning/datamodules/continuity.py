@@ -21,7 +21,7 @@ from copris_lightning.datamodules.settings import RolloutSettings
 from copris_lightning.engines.engine import Decoding
 from copris_lightning.errors import ConfigurationError
 
-LAYOUT = 3
+LAYOUT = 4
 """Of the rollout's state in a checkpoint; another one is refused."""
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from copris_lightning.core.batching import MicroBatch, collate
 from copris_lightning.core.estimator.normalization import UpdateTotals
+from copris_lightning.core.packing import balance
 from copris_lightning.core.partition import forward_cost, partition
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import LogprobSource, PromptGroup, Trajectory
@@ -24,12 +25,14 @@ class BatchShape:
         updates: optimizer steps on the batch.
         micro_batches: per rank and optimizer step (``accumulate_grad_batches``).
         hidden_size: of the model, for the cost of long sequences.
+        packed: whether micro-batches are computed on without padding.
     """
 
     world_size: int
     updates: int
     micro_batches: int
     hidden_size: int
+    packed: bool = False
 
     @property
     def per_batch(self) -> int:
@@ -44,6 +47,13 @@ class BatchShape:
             groups: prompts per batch.
         """
         return max(1, prompts // groups) * self.per_batch
+
+    def parts(self, lengths: Sequence[int]) -> list[list[int]]:
+        """An update's sequences, dealt to the micro-batches of all ranks, dearest first."""
+        parts, cost = self.world_size * self.micro_batches, forward_cost(self.hidden_size)
+        if self.packed:
+            return balance([cost(n) for n in lengths], parts)
+        return partition(lengths, parts, cost)
 
     def check(self, batch: BatchSize) -> None:
         """Refuse a shape that would leave a micro-batch empty.
@@ -100,8 +110,7 @@ def divide(
         parts = shape.world_size * shape.micro_batches
         excluded = sorted((t for t in dealt_rows if t.excluded is not None), key=sequence_length)
         rows += excluded[: max(0, parts - len(rows))]
-        lengths = [sequence_length(t) for t in rows]
-        for i, indices in enumerate(partition(lengths, parts, forward_cost(shape.hidden_size))):
+        for i, indices in enumerate(shape.parts([sequence_length(t) for t in rows])):
             micro_batch = collate(
                 [rows[j] for j in indices],
                 source=source,

@@ -38,6 +38,7 @@ class Batch:
         groups: that were taken; none on other ranks than 0.
         figures: to log with it.
         micro_batches: this rank's, in the order of training; none before it is divided.
+        packed: whether it is divided for passes without padding.
         first_step: optimizer steps of the run before its own.
         position: micro-batches handed out.
     """
@@ -47,6 +48,7 @@ class Batch:
     groups: tuple[PromptGroup, ...] = ()
     figures: dict[str, float] = field(default_factory=dict)
     micro_batches: tuple[MicroBatch, ...] = ()
+    packed: bool = False
     first_step: int = 0
     position: int = 0
 
@@ -228,8 +230,9 @@ class Feed:
         quarantine(batch.groups, credit.max_quarantined)
         set_advantages(batch.groups, credit, sampling)
         figures = {**batch.figures, **response_figures(batch.rows)}
-        step = self._trainer.global_step
-        parts = self._divided(replace(batch, figures=figures, first_step=step))
+        module: Any = self._trainer.lightning_module
+        packed, step = module.policy.packs, self._trainer.global_step
+        parts = self._divided(replace(batch, figures=figures, packed=packed, first_step=step))
         self.batch = parts[0]
         return parts
 
@@ -238,7 +241,7 @@ class Feed:
         settings = self._run.settings
         micro_batches = divide(
             batch.groups,
-            self.shape,
+            replace(self.shape, packed=batch.packed),
             source=settings.flow.source,
             policy_version=batch.version,
             sampling=settings.task.sampling,
@@ -268,6 +271,7 @@ class Feed:
             "delivered": [group.state_dict() for group in batch.groups if is_open],
             "undivided": batch.is_undivided,
             "position": position if is_open else 0,
+            "packed": batch.packed,
             "first_step": batch.first_step,
             "policy_version": batch.version,
             "metrics": batch.figures,
@@ -291,6 +295,7 @@ class Feed:
             version=state["policy_version"],
             groups=tuple(PromptGroup.from_state(group) for group in state["delivered"]),
             figures=state["metrics"],
+            packed=state["packed"],
             first_step=state["first_step"],
             position=state["position"],
         )

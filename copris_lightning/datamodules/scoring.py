@@ -4,10 +4,12 @@ and the proximal policy's."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 
 from copris_lightning.core.batching import MicroBatch, collate
+from copris_lightning.core.packing import pack
 from copris_lightning.core.partition import cut_by_length
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import Trajectory
@@ -34,7 +36,7 @@ def score_behavior(
         trajectories: rank 0's; those without new tokens are passed over. Others give ``None``.
         ranks: all of them.
         sampling: how the tokens were drawn.
-        max_tokens: padded tokens per forward pass.
+        max_tokens: per forward pass, padding included.
     """
     new = [t for t in trajectories or () if t.missing("trainer")]
     scores = _forward(
@@ -74,7 +76,7 @@ def _forward(
     max_tokens: int,
 ) -> list[list[float]]:
     """The trainer's log-probs of each response, on rank 0; the others help and get nothing."""
-    runs = cut_by_length([sequence_length(t) for t in rows or ()], max_tokens)
+    runs = _passes(trainer, [sequence_length(t) for t in rows or ()], max_tokens, ranks.size)
 
     def shares() -> list[list[MicroBatch]]:
         assert rows is not None
@@ -98,3 +100,12 @@ def _forward(
         for j, values in zip(run, part, strict=True):
             result[j] = values
     return result
+
+
+def _passes(
+    trainer: L.Trainer, lengths: Sequence[int], max_tokens: int, ranks: int
+) -> list[list[int]]:
+    module: Any = trainer.lightning_module
+    if module.policy.packs:
+        return pack(lengths, max_tokens, ranks)
+    return cut_by_length(lengths, max_tokens)

@@ -127,7 +127,7 @@ class BatchSize:
         groups: prompts per batch, B.
         group_size: trajectories per prompt, G >= 2.
         updates: optimizer steps on each batch.
-        score_tokens: padded tokens per forward pass when log-probs are recomputed.
+        score_tokens: tokens per forward pass when log-probs are recomputed, padding included.
     """
 
     groups: int = 16

@@ -21,13 +21,14 @@ from copris_lightning.core.estimator.normalization import NORMALIZATIONS
 from copris_lightning.core.estimator.ratios import TokenTerms
 from copris_lightning.core.evaluation import EvaluationBatch, avg_at_k, pass_at_k
 from copris_lightning.errors import ConfigurationError, QuarantineError, under
+from copris_lightning.policy.kernels import apply_liger, check_liger
 from copris_lightning.policy.lora import LoRA, without_adapters
 from copris_lightning.policy.meeting import sum_over_ranks
 from copris_lightning.policy.open_batch import OpenBatch
 from copris_lightning.policy.policy import Policy
 from copris_lightning.policy.pretrained import embedding_rows, empty_model, load_config, load_model
 from copris_lightning.policy.settings import Memory, Precision
-from copris_lightning.policy.sharding import shard
+from copris_lightning.policy.sharding import score, shard
 from copris_lightning.policy.zero import splitting
 from copris_lightning.weights.adapter import AdapterShape
 from copris_lightning.weights.export import as_saved, saved_buffers
@@ -81,6 +82,8 @@ class CoprisModule(L.LightningModule):
         if lora is not None:
             with under("lora"):
                 lora.check(empty_model(model, trust_remote_code=trust_remote_code))
+        if precision.liger:
+            check_liger(config)
         self.model = model
         self.estimator = estimator
         self.lora = lora
@@ -119,6 +122,8 @@ class CoprisModule(L.LightningModule):
         )
         # from_pretrained returns the model in eval mode, in which Lightning would leave it.
         loaded.train(is_trained).requires_grad_(is_trained)
+        if self.precision.liger:
+            apply_liger(loaded)
         if is_trained and self.lora is not None:
             self.lora.insert(loaded)
         policy = Policy(loaded, chunk_tokens=self.memory.logprob_chunk_tokens)
@@ -140,6 +145,14 @@ class CoprisModule(L.LightningModule):
         if kl is not None and not self._reference and not self._holds_reference:
             reference = self._load(kl.reference or self.model, is_trained=False)
             self._reference = [reference.to(self.device)]
+
+    def pack(self) -> None:
+        """Go over to passes without padding, if set; on all ranks, once weights are restored."""
+        if self.memory.packing:
+            assert self.policy is not None, "configure_model() has not run"
+            self.policy.pack(lambda batch: score(self.trainer, batch))
+            for policy in self._reference:
+                policy.pack(policy.ask)
 
     def forward(self, batch: MicroBatch) -> Tensor:
         """Log-probs of the response tokens under the current policy, ``[B, R]``, 0 at padding."""

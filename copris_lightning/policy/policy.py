@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.logprobs import token_logprobs, token_logprobs_and_entropy
+from copris_lightning.policy.packing import (
+    attend_by_sequence,
+    obstacle,
+    packed_inputs,
+    packs_as_it_pads,
+)
 from copris_lightning.policy.randomness import silence
 from copris_lightning.policy.zero import hold, unhooked
 
@@ -31,8 +39,47 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.chunk_tokens = chunk_tokens
+        self.packs = False
+        """Whether sequences go through the model without padding; see :meth:`pack`."""
         silence(model)
         hold(self, model.get_output_embeddings())
+
+    def pack(self, ask: Callable[[MicroBatch], Tensor]) -> None:
+        """Go over to passes without padding, if the model computes the same by them; warn if not.
+
+        Args:
+            ask: this policy's log-probs of a micro-batch, through its strategy if it has one
+                (with split weights every rank has to call this).
+        """
+        reason = obstacle(self.model)
+        if reason is None:
+            attend_by_sequence(self.model)
+            self.packs = packs_as_it_pads(
+                self._asked(ask, packs=False),
+                self._asked(ask, packs=True),
+                self.model.config.get_text_config().vocab_size,
+            )
+            if not self.packs:
+                reason = "packed sequences change each other's log-probs"
+        if reason is not None:
+            rank_zero_warn(
+                f"memory.packing: {reason}; sequences are padded, batches cut by their lengths"
+            )
+
+    @torch.no_grad()
+    def ask(self, batch: MicroBatch) -> Tensor:
+        """Log-probs of the response tokens, ``[B, R]`` in fp32 on the CPU."""
+        logprobs: Tensor = self(batch.to(self.model.device))[0]
+        return logprobs.cpu()
+
+    def _asked(
+        self, ask: Callable[[MicroBatch], Tensor], *, packs: bool
+    ) -> Callable[[MicroBatch], Tensor]:
+        def answer(batch: MicroBatch) -> Tensor:
+            self.packs = packs
+            return ask(batch)
+
+        return answer
 
     def forward(
         self, batch: MicroBatch, entropy: Literal["none", "detached", "differentiable"] = "none"
@@ -61,15 +108,19 @@ class Policy(nn.Module):
 
     def _predictions(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """The last layer's outputs that predict response tokens ``[N, D]``, and those ``[N]``."""
+        size = batch.input_ids.shape[1]
+        if self.packs:
+            inputs = packed_inputs(batch, self.model)
+            starts = batch.lengths.cumsum(0) - batch.lengths
+        else:
+            inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+            starts = torch.arange(len(batch.input_ids), device=batch.input_ids.device) * size
         with _uncached_casts(self) if isinstance(self, FSDPModule) else nullcontext():
-            output = cast("Any", self.model.base_model)(
-                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-            )
-        mask, positions = batch.response_mask, batch.response_positions
-        rows = torch.arange(len(positions), device=positions.device)[:, None].expand_as(positions)
+            output = cast("Any", self.model.base_model)(**inputs, use_cache=False)
+        places = (starts[:, None] + batch.response_positions)[batch.response_mask]
         # The output at one position predicts the token at the next.
-        hidden = output.last_hidden_state[rows[mask], positions[mask] - 1]
-        return hidden, batch.input_ids[rows[mask], positions[mask]]
+        hidden = output.last_hidden_state.flatten(0, 1)[places - 1]
+        return hidden, inputs["input_ids"].flatten()[places]
 
 
 def _uncached_casts(module: nn.Module) -> AbstractContextManager[None]:

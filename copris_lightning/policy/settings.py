@@ -15,10 +15,12 @@ class Precision:
     Attributes:
         dtype: of the parameters: ``float32``, ``bfloat16`` or ``float16``.
         attn_implementation: as for ``from_pretrained``.
+        liger: with Liger's kernels for norms, rotary positions and MLPs (GPUs, ``liger-kernel``).
     """
 
     dtype: str = "float32"
     attn_implementation: str = "sdpa"
+    liger: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16", "float16"):
@@ -30,10 +32,13 @@ class Memory:
     """What a step keeps, and what it computes again instead.
 
     Attributes:
+        packing: compute on sequences one after the other, without padding, where the model gives
+            the same log-probs by it (a run begins by looking); else on padded ones.
         gradient_checkpointing: recompute activations in the backward pass.
         logprob_chunk_tokens: tokens whose logits are held at a time.
     """
 
+    packing: bool = True
     gradient_checkpointing: bool = False
     logprob_chunk_tokens: int = 1024
 

@@ -13,6 +13,7 @@ from copris_lightning.core.estimator.estimator import Estimator
 from copris_lightning.core.estimator.normalization import NORMALIZATIONS
 from copris_lightning.core.estimator.ratios import TokenTerms
 from copris_lightning.core.outcome import TRUNCATED, Credit
+from copris_lightning.core.partition import forward_cost
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.datamodules.divide import BatchShape, divide, sequence_length
 from copris_lightning.errors import ConfigurationError
@@ -63,6 +64,7 @@ def problems(draw):
         updates=draw(st.integers(1, count)),
         micro_batches=draw(st.integers(1, 4)),
         hidden_size=16,
+        packed=draw(st.booleans()),
     )
     smallest = count // shape.updates * size
     assume(smallest >= shape.world_size * shape.micro_batches)
@@ -115,11 +117,17 @@ def test_each_update_has_whole_groups_and_the_token_count_of_all_its_ranks(probl
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
-def test_micro_batches_of_like_length_run_side_by_side(problem):
+def test_micro_batches_of_like_cost_run_side_by_side(problem):
     groups, shape, seed = problem
+    cost = forward_cost(shape.hidden_size)
     for micro_batches in updates_of(divide(groups, shape, **OPTIONS, seed=seed), shape):
         longest = [int(b.lengths.max()) for b in micro_batches]
-        assert longest == sorted(longest, reverse=True)
+        if not shape.packed:
+            assert longest == sorted(longest, reverse=True)
+            continue
+        costs = [sum(cost(n) for n in b.lengths.tolist()) for b in micro_batches]
+        assert costs == sorted(costs, reverse=True)
+        assert costs[0] - costs[-1] <= cost(max(longest))
 
 
 @settings(max_examples=60, deadline=None)

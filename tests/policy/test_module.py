@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import re
 from array import array
@@ -38,6 +37,8 @@ def module(tiny_checkpoint: Path) -> CoprisModule:
     torch.set_num_threads(1)  # rounding differs with the number of threads, and it is faster here
     module = small_module(tiny_checkpoint, logprob_chunk_tokens=7)
     module.configure_model()
+    module.policy.pack(module.policy.ask)
+    assert module.policy.packs
     yield module
     torch.set_num_threads(threads)
 
@@ -102,10 +103,11 @@ def gradients(module: CoprisModule, batches: list[Any], world: int, steps: int) 
     seed=st.integers(0, 10**6),
     world=st.integers(1, 3),
     steps=st.integers(1, 2),
+    packed=st.booleans(),
     normalization=st.sampled_from(sorted(NORMALIZATIONS)),
 )
-def test_gradients_do_not_depend_on_the_split(
-    module: CoprisModule, seed: int, world: int, steps: int, normalization: str
+def test_gradients_depend_neither_on_the_split_nor_on_packing(
+    module: CoprisModule, seed: int, world: int, steps: int, packed: bool, normalization: str
 ) -> None:
     module.estimator = Estimator(normalization=normalization)
     options: dict[str, Any] = {
@@ -116,13 +118,15 @@ def test_gradients_do_not_depend_on_the_split(
         "seed": 0,
     }
     whole = divide(groups(seed), BatchShape(1, 1, 1, 64), **options)
-    split = divide(groups(seed), BatchShape(world, 1, steps, 64), **options)
+    split = divide(groups(seed), BatchShape(world, 1, steps, 64, packed), **options)
+    module.policy.packs = False
     expected = gradients(module, whole[0], 1, 1)
+    module.policy.packs = packed
     micro_batches = [b for rank in split for b in rank]
     ours = gradients(module, micro_batches, world, steps)
     # What is added up may nearly cancel: rounding is relative to the parts.
     scale = sum(gradients(module, [b], 1, 1).norm() for b in micro_batches)
-    module.estimator = Estimator()
+    module.estimator, module.policy.packs = Estimator(), True
     assert (ours - expected).norm() <= 1e-6 * scale
 
 
@@ -193,14 +197,13 @@ def test_a_trajectory_whose_logprobs_are_not_finite_is_left_out_of_the_gradient(
 
 def test_a_penalty_towards_the_reference_pulls_back_to_it(tiny_checkpoint: Path) -> None:
     """At the reference the penalty and its gradient are zero; away from it they are not."""
-    penalized = small_module(tiny_checkpoint, kl=KLPenalty(0.5, "k3"), entropy_coefficient=0.1)
+    penalized = small_module(tiny_checkpoint, kl=KLPenalty(0.5, "k3"))
     penalized.configure_model()
     penalized.on_fit_start()
     rows = [t for group in groups(4) for t in group.trajectories]
     for row in rows:
         row.credit = Credit(0.0)
     batch = collate(rows, source="engine", totals=UpdateTotals(8, 100, 40))
-    penalized.estimator = dataclasses.replace(penalized.estimator, entropy_coefficient=0.0)
 
     def step() -> tuple[float, float]:
         penalized.zero_grad()
