@@ -52,6 +52,21 @@ def test_a_run_that_saved_and_one_that_goes_on_from_there_are_the_same(
     assert any(len(record["segments"]) > 1 for record in rest)
 
 
+@pytest.mark.parametrize(
+    ("flow", "name"),
+    [({"mode": "streaming"}, "flow.mode=streaming"), ({"kv": "kept"}, "flow.kv=kept")],
+    ids=str,
+)
+def test_a_flow_that_needs_what_a_checkpoint_does_not_hold_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, flow: dict[str, Any], name: str
+) -> None:
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+    options: dict[str, Any] = {"enable_checkpointing": True}
+    fit(tiny_checkpoint, tmp_path / "a", {}, callbacks=[keep], max_steps=2, **options)
+    with pytest.raises(ConfigurationError, match=f"{name} needs the engine's log-probs"):
+        fit(tiny_checkpoint, tmp_path / "b", flow, ckpt_path=tmp_path / "step=2.ckpt", **options)
+
+
 @every_flow
 def test_tokens_are_of_the_lags_that_the_flow_has(
     tiny_checkpoint: Path, tmp_path: Path, flow: dict[str, Any]

@@ -137,7 +137,10 @@ class Continuity:
             self._same("flow.behavior_logprobs", was, now, "responses begun under older weights")
         unknown = sum(len(r["logprobs"].get("engine", ())) < len(r["tokens"]) for r in begun)
         if unknown and self.asks_logprobs:
+            flow = self.settings.flow
             user = "flow.behavior_logprobs" if now == "engine" else "estimator.corrections"
+            user = "flow.kv=kept" if flow.keeps else user
+            user = "flow.mode=streaming" if flow.streams else user
             raise ConfigurationError(
                 f"{user} needs the engine's log-probs, and the checkpoint holds {unknown} "
                 "responses for which they were not asked; keep what it was saved with, or start a "

@@ -117,7 +117,7 @@ class RolloutScheduler:
             self.figures.begin(asyncio.get_running_loop().time(), self.in_flight)
         try:
             self._raise_failure()
-            if not self.buffer.can_take():
+            if self._goes_on or not self.buffer.can_take():
                 await self.shared.begin_stage(self)
                 await self._until_ready()
         except BaseException:

@@ -176,6 +176,7 @@ class SharedEngine:
             if any(other.in_flight for other in self._tenants if other is not tenant):
                 await self._stop("ended")
         await _finish(self._run())
+        self.fill()  # it may have run already, for someone who was alone
 
     async def end_stage(self, tenant: Tenant) -> None:
         """Hold, unless the engine goes on: for others who wait for a batch, without this one's

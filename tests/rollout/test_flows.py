@@ -278,3 +278,18 @@ def test_an_engine_that_dies_in_an_evaluation_is_told_by_its_death(rollout, flow
     run.run(other.scheduler.close())
     with pytest.raises(EngineError, match="not running"):
         run.stages(2)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_streaming_goes_on_after_an_evaluation_that_is_left_open(rollout, keeps):
+    run = rollout(**SMALL, streams=True, keeps=keeps, training_s=1.0, max_staleness=2)
+    run.sync()
+    run.stages(3)
+    other = rollout(**SMALL, shared=run.shared, loop=run.loop, name="val", seed=9, is_alone=True)
+    other.collect()
+    assert run.buffer.can_take()  # so that there is nothing to wait for
+    before = len(run.events)
+    run.collect()
+    run.sync()
+    assert {event.kind for event in run.events[before:]} >= {"start", "chunk", "finish"}
+    check(run, 2, other.scheduler.figures.balance().generated)
