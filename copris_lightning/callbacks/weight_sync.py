@@ -240,7 +240,7 @@ class WeightSync(L.Callback):
                 check_repeatable(trainer, datamodule(trainer), pl_module)
             # A checkpoint taken between an optimizer step and its sync holds newer weights than
             # those that bear the saved version. If it was taken within a batch, the batch's own
-            # sync comes before anything is generated for training.
+            # sync comes before a take (what streams until then: docs/flows.md).
             feed = datamodule(trainer).feed
             is_newer = self._trained_since and not (feed and feed.batch.is_open)
             self.sync(trainer, pl_module, self.version + int(is_newer))

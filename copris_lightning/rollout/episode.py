@@ -98,9 +98,9 @@ class Episode:
 
     async def _run(self) -> None:
         while self._trajectory.finish_reason is None:
-            await self._turn.wait()
-            self._turn.clear()
             try:
+                await self._turn.wait()
+                self._turn.clear()
                 await self._generate()
             finally:
                 self._host.left(self.key)
