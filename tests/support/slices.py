@@ -25,7 +25,7 @@ LONG = ("kills", "models", "deepspeed")
 FIXTURES = {"running_vllm": 1, "servers": 2}
 """Fixtures that boot engines, once for all who use them, and how many."""
 
-MOST_BOOTS = 8
+MOST_BOOTS = 9
 """Of the whole suite, on any day."""
 
 SELECTED = pytest.StashKey[list[pytest.Item]]()
