@@ -104,11 +104,11 @@ def test_a_file_that_is_named_runs_but_for_what_is_long(suite: pytest.Pytester) 
 
 def test_a_suite_that_would_boot_too_many_on_some_day_is_refused(suite: pytest.Pytester) -> None:
     suite.makepyfile(
-        test_more="import pytest\n@pytest.mark.engines\n@pytest.mark.boots(5)\ndef test_five(): ..."
+        test_more="import pytest\n@pytest.mark.engines\n@pytest.mark.boots(6)\ndef test_six(): ..."
     )
     result = suite.runpytest_inprocess("-p", "slices", *LIGHT)
     assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*would boot 9 engines on some day, more than 8*"])
+    result.stderr.fnmatch_lines(["*would boot 10 engines on some day, more than 9*"])
 
 
 @pytest.mark.parametrize("name", ["engines", "kills"])
