@@ -32,6 +32,7 @@ from copris_lightning import (
     WeightSync,
 )
 from copris_lightning.core.batching import MicroBatch, collate
+from copris_lightning.core.estimator.corrections import Truncation
 from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.policy.lora import without_adapters
@@ -309,6 +310,7 @@ def test_the_engine_computes_with_the_trained_adapters(
         tiny_checkpoint,
         lora=LoRA(CHOSEN.rank, CHOSEN.alpha, CHOSEN.target_modules, sync=sync),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.02),
+        corrections=[Truncation(apply=False)],  # asks for the engine's log-probs, too
     )
     data = small_data(
         tiny_checkpoint, engine, prompts=SomePrompts(), reward=ShareOfDigits(), cap=20
