@@ -198,7 +198,8 @@ class SharedEngine:
         """
         if self.streams:
             await all_that_takes_no_time()
-        await self._stop("ended")
+        if any(tenant.in_flight for tenant in self._tenants):
+            await self._stop("ended")
 
     async def _stop(self, aim: State) -> None:
         self._aim = _less(aim, self._aim)  # from this moment on nothing is started
