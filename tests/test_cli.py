@@ -155,6 +155,11 @@ def test_every_overlay_changes_what_it_says_and_nothing_else(
     changed = changed.config.as_dict()
     differences = {
         "sync": [("data", "init_args", "flow", "max_staleness", 0)],
+        "kept": [("data", "init_args", "flow", "kv", "kept")],
+        "streaming": [
+            ("data", "init_args", "flow", "mode", "streaming"),
+            ("data", "init_args", "flow", "max_staleness", 2),
+        ],
         "no_is": [
             (
                 *("model", "init_args", "estimator", "ratio"),
