@@ -44,7 +44,7 @@ VALUES = [
     ),
     (
         [f"{DATA}.flow.behavior_logprobs=x"],
-        "data.init_args.flow.behavior_logprobs=x must be trainer or engine",
+        "data.init_args.flow.behavior_logprobs=x must be auto or trainer or engine",
     ),
     (["--seed_everything=abc"], "seed_everything=abc must be true or false or a whole number"),
     (
