@@ -26,7 +26,8 @@ from copris_lightning.policy.lora import LoRA, without_adapters
 from copris_lightning.policy.meeting import sum_over_ranks
 from copris_lightning.policy.open_batch import OpenBatch
 from copris_lightning.policy.policy import Policy
-from copris_lightning.policy.pretrained import embedding_rows, empty_model, load_config, load_model
+from copris_lightning.policy.pretrained import empty_model, load_config, load_model
+from copris_lightning.policy.pretrained_checks import check_reference
 from copris_lightning.policy.settings import Memory, Precision
 from copris_lightning.policy.sharding import score, shard
 from copris_lightning.policy.zero import splitting
@@ -71,14 +72,10 @@ class CoprisModule(L.LightningModule):
         config = load_config(model, trust_remote_code=trust_remote_code)
         reference = estimator.kl.reference if estimator.kl is not None else None
         if reference is not None:
-            key = "estimator.kl.reference"
-            theirs = load_config(reference, key=key, trust_remote_code=trust_remote_code)
-            sizes = [embedding_rows(theirs), embedding_rows(config)]
-            if sizes[0] != sizes[1]:
-                raise ConfigurationError(
-                    f"{key}={reference!r} has a vocabulary of {sizes[0]} tokens, the model "
-                    f"has {sizes[1]}"
-                )
+            theirs = load_config(
+                reference, key="estimator.kl.reference", trust_remote_code=trust_remote_code
+            )
+            check_reference(config, theirs, reference)
         if lora is not None:
             with under("lora"):
                 lora.check(empty_model(model, trust_remote_code=trust_remote_code))

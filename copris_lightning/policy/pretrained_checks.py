@@ -32,6 +32,25 @@ share a tokenizer with their siblings that see, and have no embedding for these 
 _log = logging.getLogger(__name__)
 
 
+def check_reference(config: Any, reference: Any, name: str) -> None:
+    """Refuse a reference policy of other tokens.
+
+    Args:
+        config: of the policy.
+        reference: its own.
+        name: path or hub name, for the message.
+
+    Raises:
+        ConfigurationError: names the sizes of both vocabularies.
+    """
+    theirs, ours = embedding_rows(reference), embedding_rows(config)
+    if theirs != ours:
+        raise ConfigurationError(
+            f"estimator.kl.reference={name!r} has a vocabulary of {theirs} tokens, the model has "
+            f"{ours}"
+        )
+
+
 def check_pretrained(
     model: str, config: Any, tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False
 ) -> int:

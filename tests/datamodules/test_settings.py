@@ -38,7 +38,7 @@ def settings(evaluation: Evaluation | None = None) -> RolloutSettings:
         (Flow, "cap", 0, "at least 1"),
         (Flow, "cap", -3, "at least 1"),
         (Flow, "max_staleness", -1, "at least 0"),
-        (Flow, "behavior_logprobs", "trainr", "must be trainer or engine"),
+        (Flow, "behavior_logprobs", "trainr", "must be auto or trainer or engine"),
         (BatchSize, "groups", 0, "at least 1"),
         (BatchSize, "group_size", 1, "at least 2: advantages compare"),
         (BatchSize, "group_size", 0, "at least 2"),
