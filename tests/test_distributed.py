@@ -216,10 +216,10 @@ def test_a_rank_that_waits_for_another_is_idle(results: dict[str, Any]) -> None:
     def seconds(activity: str, rank: int) -> float:
         return float(figures[f"time/{activity}_fraction/rank_{rank}"] * cycle)
 
-    # Half a second more for each of two micro-batches. What rank 0 waits for the second one is
-    # within DDP's own communication.
-    assert seconds("train", 1) > 0.99
-    assert seconds("idle", 0) > seconds("idle", 1) + 0.4
+    # 1.5 s more for each of two micro-batches. What rank 0 waits for the second one is within
+    # DDP's own communication. (A rank that gets no processor for a while makes the other wait.)
+    assert seconds("train", 1) > 2.9
+    assert seconds("idle", 0) > seconds("idle", 1) + 0.7
     for rank in range(2):
         whole = sum(seconds(a, rank) for a in ("rollout", "score", "train", "sync", "idle"))
         assert whole == pytest.approx(cycle, rel=1e-3)

@@ -175,7 +175,7 @@ class SlowOnRankOne(L.Callback):
     """Its micro-batches take longer."""
 
     def on_train_batch_start(self, trainer: Any, *args: Any) -> None:
-        time.sleep(0.5 * trainer.global_rank)
+        time.sleep(1.5 * trainer.global_rank)
 
 
 @scenario
