@@ -56,10 +56,10 @@ def _spawn_safely() -> None:
     They begin as ``python -c``, which puts the working directory *first* until they have received
     this process's path; what multiprocessing itself imports until then would be the user's.
     """
-    flags = util._args_from_interpreter_flags  # type: ignore[attr-defined]
+    flags = util._args_from_interpreter_flags  # type: ignore[attr-defined]  # private
 
     def with_safe_path() -> list[str]:
         return ["-P", *flags()]
 
     if "-P" not in flags():
-        util._args_from_interpreter_flags = with_safe_path  # type: ignore[attr-defined]
+        util._args_from_interpreter_flags = with_safe_path  # type: ignore[attr-defined]  # private

@@ -11,8 +11,8 @@ wait, and where             ended by the other's death              ended by a d
 boot                        vLLM's start watches its processes,     D.boot_s, then killed
                             and its cores are looked at
 its last words, once dead   --                                      5 s
-generate, score             vLLM ends the streams, or else          D.stall_s, then killed
-                            ``VLLMProcesses._end_streams``
+generate, score             vLLM ends the streams, or else          D.stall_s, then killed (not
+                            ``VLLMProcesses._end_streams``          while held with requests)
 load weights, add_lora,     :meth:`Watchdog.guard`                  D.sync_s
 report what arrived, drop
 prefixes, sleep, wake,
@@ -40,6 +40,8 @@ call                        looked at five times a second           whatever the
 call that is not to be      looked at five times a second           BRIEF_S of session
 interrupted
 a cancelled call's cleanup  looked at five times a second           CLEANUP_S of loop_thread
+a hold or release in it     --                                      5 s, then cancelled
+(shared_engine)
 close, join                 --                                      CLEANUP_S of loop_thread
 **other ranks** (exchange, runs, module)
 scatter, broadcast, gather  gloo: the connection breaks             30 days: rollouts take long

@@ -14,7 +14,7 @@ import pickle
 import pickletools
 import sys
 from collections.abc import Iterator
-from multiprocessing.process import ORIGINAL_DIR  # type: ignore[attr-defined]
+from multiprocessing.process import ORIGINAL_DIR  # type: ignore[attr-defined]  # not in stubs
 from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
 from typing import Any

@@ -132,7 +132,7 @@ def test_the_floor_is_in_the_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -
     )
     assert resumed.parity.floor == Difference(
         sync.parity.floor.largest,
-        sync.parity.floor.mean,  # type: ignore[union-attr]
+        sync.parity.floor.mean,  # type: ignore[union-attr]  # a fit has set it
     )
     assert engine.asked == 3
 

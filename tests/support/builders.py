@@ -72,5 +72,5 @@ def small_module(
 
 def _taken(cls: type[T], given: dict[str, Any], **parts: Any) -> T:
     """One of the settings' objects, whose fields are taken out of what was given."""
-    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
+    names = [field.name for field in fields(cls)]  # type: ignore[arg-type]  # a dataclass
     return cls(**parts, **{name: given.pop(name) for name in names if name in given})

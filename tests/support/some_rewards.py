@@ -104,7 +104,7 @@ class Restless:
 class RestlessJudge(Restless):
     """The same behind a network."""
 
-    async def __call__(self, response: str, prompt: Any) -> float:  # type: ignore[override]
+    async def __call__(self, response: str, prompt: Any) -> float:  # type: ignore[override]  # may be async
         await asyncio.sleep(int.from_bytes(os.urandom(2), "big") / 2**15 * self.mean_s)
         return parity(response, prompt)
 
@@ -131,7 +131,7 @@ class Alarmed:
 class AlarmedJudge(Alarmed):
     """The same, ``async``."""
 
-    async def __call__(self, response: str, prompt: Any) -> float:  # type: ignore[override]
+    async def __call__(self, response: str, prompt: Any) -> float:  # type: ignore[override]  # may be async
         return super().__call__(response, prompt)
 
 
