@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup quickstart simulated test test-engines test-models test-kills test-deepspeed
-.PHONY: check format clean bench
+.PHONY: check format clean bench compare
 
 setup: $(STAMP)
 
@@ -18,6 +18,13 @@ $(STAMP): pyproject.toml scripts/setup.sh
 quickstart: setup
 	$(BIN)/python -m copris_lightning.quickstart.warm_start --output .cache/quickstart
 	$(BIN)/copris fit --config configs/quickstart.yaml
+	$(BIN)/python -m copris_lightning.quickstart.compare --run configs/quickstart.yaml
+
+# The quickstart and synchronous RL, by turns to the end: rates, and held-out reward over time.
+compare: setup
+	$(BIN)/python -m copris_lightning.quickstart.warm_start --output .cache/quickstart
+	$(BIN)/python -m copris_lightning.quickstart.compare --run configs/quickstart.yaml \
+		--ways '[carry-over, kept]' --batches 200 --turn 20 --held_out true $(ARGS)
 
 simulated: setup
 	$(BIN)/python -c "from copris_lightning.quickstart.warm_start import tiny_model; tiny_model('.cache/tiny')"

@@ -16,6 +16,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ ARMS = {
 
 Curve = dict[str, list[float]]
 METRICS = (
-    "val/addition/avg_at_k",
+    "val/division/avg_at_k",
     "train/reward",
     "staleness/lag_mean",
     "is/ess",
@@ -51,27 +52,35 @@ def directory(runs: Path, arm: str, seed: int) -> Path:
 
 
 def train(runs: Path, arm: str, seed: int, *, cap: int, lr: float, batches: int) -> None:
-    """One run of `copris fit`."""
-    target = directory(runs, arm, seed)
-    if (target / "done").exists():
-        return
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    command = [sys.executable, "-m", "copris_lightning", "fit", "--config=configs/quickstart.yaml"]
-    command += [
+    """One run of an arm."""
+    fit(
+        directory(runs, arm, seed),
         *ARMS[arm],
         f"--seed_everything={seed}",
         f"--cap={cap}",
         "--batch_groups=16",
         # Scoring a thousand trajectories in flight anew after each small batch takes longer.
         "--data.init_args.flow.behavior_logprobs=engine",
-        "--data.init_args.evaluations.addition.samples=2",
+        "--data.init_args.evaluations.division.samples=2",
         f"--lr={lr}",
         f"--trainer.max_steps={batches}",
+        every=EVERY,
+    )
+
+
+def fit(target: Path, *arguments: str, every: int) -> None:
+    """`copris fit` on the quickstart, evaluated every so many batches, unless it is done."""
+    if (target / "done").exists():
+        return
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    command = [sys.executable, "-m", "copris_lightning", "fit", "--config=configs/quickstart.yaml"]
+    command += [
+        *arguments,
         "--trainer.limit_val_batches=1.0",
         "--trainer.num_sanity_val_steps=0",
         "--trainer.check_val_every_n_epoch=null",
-        f"--trainer.val_check_interval={4 * EVERY}",
+        f"--trainer.val_check_interval={every}",
         "--trainer.logger=lightning.pytorch.loggers.CSVLogger",
         f"--trainer.logger.save_dir={target}",
         "--trainer.logger.name=",
@@ -82,12 +91,12 @@ def train(runs: Path, arm: str, seed: int, *, cap: int, lr: float, batches: int)
     (target / "done").touch()
 
 
-def read(target: Path) -> Curve:
+def read(target: Path, metrics: Sequence[str] = METRICS) -> Curve:
     """The logged metrics of a run, one value per batch."""
-    curve: Curve = {name: [] for name in METRICS}
+    curve: Curve = {name: [] for name in metrics}
     with (target / "metrics.csv").open() as file:
         for row in csv.DictReader(file):
-            for name in METRICS:
+            for name in metrics:
                 if row.get(name):
                     curve[name].append(float(row[name]))
     return curve
@@ -104,7 +113,7 @@ def report(arms: dict[str, list[Curve]]) -> None:
     """Print the held-out reward at the end (last two validations) and what went with it."""
     print(f"{'arm':<17}{'seeds':>6}{'held-out reward':>18}{'lag':>7}{'ESS':>7}{'clipped':>9}")
     for arm, curves in arms.items():
-        ends = [statistics.fmean(c["val/addition/avg_at_k"][-2:]) for c in curves]
+        ends = [statistics.fmean(c["val/division/avg_at_k"][-2:]) for c in curves]
         spread = statistics.stdev(ends) if len(ends) > 1 else math.nan
         others = [
             statistics.fmean(statistics.fmean(c[name]) for c in curves)
@@ -126,7 +135,7 @@ def draw(arms: dict[str, list[Curve]], output: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     panels = (
-        ("val/addition/avg_at_k", "reward on held-out prompts", EVERY),
+        ("val/division/avg_at_k", "reward on held-out prompts", EVERY),
         ("staleness/lag_mean", "mean lag of trained tokens", 1),
     )
     for axis, (metric, label, every) in zip(axes, panels, strict=True):

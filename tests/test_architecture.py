@@ -18,7 +18,7 @@ BENCHMARKS = TESTS.parent / "benchmarks"
 
 BELOW = {
     "cli": {"callbacks", "datamodules", "policy", "rollout", "engines", "weights", "runs", "core"},
-    "quickstart": {"rollout"},
+    "quickstart": {"rollout", "core"},
     "callbacks": {"datamodules", "policy", "rollout", "engines", "weights", "runs", "core"},
     "datamodules": {"policy", "rollout", "engines", "weights", "runs", "core"},
     "policy": {"weights", "core"},

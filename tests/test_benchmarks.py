@@ -73,7 +73,7 @@ def test_it_reports_and_draws_what_the_runs_logged(
                     row = dict.fromkeys(staleness.METRICS[1:], 0.5) | {"epoch": 0}
                     writer.writerow(row)
                     if batch % 5 == 4:
-                        writer.writerow({"val/addition/avg_at_k": end + 0.1 * seed, "epoch": 0})
+                        writer.writerow({"val/division/avg_at_k": end + 0.1 * seed, "epoch": 0})
             curves.append(staleness.read(target))
         arms[arm] = curves
     staleness.report(arms)

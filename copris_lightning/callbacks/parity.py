@@ -27,8 +27,10 @@ Tolerance = float | Literal["auto"] | None
 _FLOOR_SEQUENCES = 16
 """Sequences that the floor is measured on, at least."""
 
-_LEAST = (1e-4, 1e-5)
-"""No largest and no mean difference below these, in nats, is held against a sync."""
+_LEAST = (1e-3, 1e-5)
+"""No largest and no mean difference below these, in nats, is held against a sync: single tokens
+that are improbable at the end of a long response were seen to differ by 2e-4 in fp32. The mean is
+what tells."""
 
 _FACTOR = (32.0, 8.0)
 """How far the largest and the mean difference may rise above the floor. Both grow with the size of

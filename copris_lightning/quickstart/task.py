@@ -1,9 +1,10 @@
-"""The quickstart's task: written column addition, checked by its final result.
+"""The quickstart's task: division by repeated subtraction, checked by its remainder.
 
-The prompt ``47+85=`` is answered ``7+5+0=12;4+8+1=13;#132.``: one step for each column from the
-right (digit + digit + carry = two-digit sum), then ``#``, the result and a full stop. Both operands
-have the same number of digits, drawn from a truncated geometric distribution, so that most
-responses are short and a few are ten times as long: the long tail that partial rollouts are for.
+The prompt ``75%9=`` is answered ``84;93;03;12;21;3;#3.``: what is left of 57 after each subtraction
+of 9, then ``#``, the remainder and a full stop. Numbers are written from the ones on, as they are
+computed. The quotient, which is the number of steps, is drawn from a
+power law: most responses are short and a few are ten times as long, the long tail that partial
+rollouts are for. How long a response will be is not to be seen from its prompt's length.
 """
 
 from __future__ import annotations
@@ -15,24 +16,23 @@ from itertools import accumulate
 
 from copris_lightning.rollout.rewards import Prompt
 
-MAX_DIGITS = 12
-"""Digits of the longest operands, unless told otherwise."""
+MAX_QUOTIENT = 100
+"""Subtractions of the longest response, unless told otherwise."""
 
-_STEP = "7+5+0=12;"
+_DIVISORS = range(2, 10)
 _RESULT = re.compile(r"[^#]*#(\d+)\.")
-_SUM = re.compile(r"(\d+)\+(\d+)=")
+_DIVISION = re.compile(r"(\d+)%([2-9])=")
 
 
-class AdditionPrompts:
-    """Addition problems, of which item ``i`` depends on ``(seed, i)`` and nothing else.
+class DivisionPrompts:
+    """Divisions by one digit, of which item ``i`` depends on ``(seed, i)`` and nothing else.
 
     Args:
         size: number of prompts.
-        seed: two seeds give two unrelated sequences; short sums occur in both.
-        min_digits: fewest digits of an operand.
-        max_digits: most digits of an operand; bounds the response, see :func:`max_response_length`.
-        tail: how much rarer each further digit is, ``P(n) ~ tail**n``. 1 makes all lengths equally
-            likely; small values leave hardly any long sums.
+        seed: two seeds give two unrelated sequences; short divisions occur in both.
+        max_quotient: most subtractions; bounds the response, see :func:`max_response_length`.
+        tail: how much rarer large quotients are, ``P(q) ~ q**-tail``. 0 makes all lengths equally
+            likely; large values leave hardly any long responses.
 
     Raises:
         ValueError: an argument is out of range.
@@ -42,24 +42,19 @@ class AdditionPrompts:
         self,
         size: int = 4096,
         seed: int = 0,
-        min_digits: int = 1,
-        max_digits: int = MAX_DIGITS,
-        tail: float = 0.8,
+        max_quotient: int = MAX_QUOTIENT,
+        tail: float = 1.3,
     ) -> None:
         if size < 1:
             raise ValueError(f"size is {size}, but there must be a prompt: set size to 1 or more")
-        if min_digits < 1:
-            raise ValueError(f"min_digits is {min_digits}: set min_digits to 1 or more")
-        if max_digits < min_digits:
-            raise ValueError(
-                f"max_digits is {max_digits}, below min_digits ({min_digits}): raise max_digits"
-            )
-        if not 0.0 < tail <= 1.0:
-            raise ValueError(f"tail is {tail}, not in (0, 1]: set tail to, say, 0.8")
+        if max_quotient < 1:
+            raise ValueError(f"max_quotient is {max_quotient}: set max_quotient to 1 or more")
+        if not 0.0 <= tail < float("inf"):
+            raise ValueError(f"tail is {tail}, not a number from 0 on: set tail to, say, 1.3")
         self.size = size
         self.seed = seed
-        self._digits = range(min_digits, max_digits + 1)
-        self._cumulative = list(accumulate(tail ** (n - min_digits) for n in self._digits))
+        self._quotients = range(1, max_quotient + 1)
+        self._cumulative = list(accumulate(q**-tail for q in self._quotients))
 
     def __len__(self) -> int:
         return self.size
@@ -72,16 +67,18 @@ class AdditionPrompts:
             raise IndexError(f"prompt {index} of {self.size}")
         index %= self.size
         # A string seed is hashed whole, so neighbouring seeds and items share nothing.
-        rng = random.Random(f"addition/{self.seed}/{index}")
-        (digits,) = rng.choices(self._digits, cum_weights=self._cumulative)
-        a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
-        return Prompt(id=f"add-{index:06d}", text=f"{a}+{b}=", answer=str(a + b))
+        rng = random.Random(f"division/{self.seed}/{index}")
+        (quotient,) = rng.choices(self._quotients, cum_weights=self._cumulative)
+        divisor = rng.choice(_DIVISORS)
+        remainder = rng.randrange(divisor)
+        text = f"{_written(quotient * divisor + remainder)}%{divisor}="
+        return Prompt(id=f"div-{index:06d}", text=text, answer=str(remainder))
 
 
-class AdditionReward:
-    """1.0 for the right final result, else 0.0; how it was reached is not looked at.
+class DivisionReward:
+    """1.0 for the right remainder, else 0.0; how it was reached is not looked at.
 
-    The result is what stands between the response's only ``#`` and the full stop that ends it. A
+    The remainder is what stands between the response's only ``#`` and the full stop that ends it. A
     response that was cut short, goes on after the full stop or states two results earns nothing.
     """
 
@@ -90,44 +87,44 @@ class AdditionReward:
         return float(match is not None and match[1] == str(prompt.answer))
 
 
-def max_response_length(digits: int) -> int:
-    """Characters of the longest demonstration for operands of ``digits`` digits."""
-    return digits * len(_STEP) + len("#") + digits + 1 + len(".")
+def max_response_length(max_quotient: int) -> int:
+    """Characters of the longest demonstration with ``max_quotient`` subtractions."""
+    left = [q * max(_DIVISORS) + max(_DIVISORS) - 1 for q in range(max_quotient)]
+    return sum(len(f"{number};") for number in left) + len("#8.")
 
 
 def demonstration(prompt: Prompt, rng: random.Random, error_rate: float) -> str:
     """A pupil's written answer to ``prompt``, in which each step goes wrong on its own account.
 
-    A wrong step has a sum off by one, or the wrong carry. The pupil does not notice: the wrong
-    carry enters the next column and the wrong digit the result: longer sums are wrong more often.
+    A wrong step is off by one, and the pupil goes on from there without noticing: longer divisions
+    are wrong more often.
 
     Args:
-        prompt: one of :class:`AdditionPrompts`, ``text`` of the form ``a+b=``.
+        prompt: one of :class:`DivisionPrompts`, ``text`` of the form ``n%d=``.
         rng: where the mistakes come from.
         error_rate: probability that a step is wrong; at 0 the result is always right.
 
     Raises:
-        ValueError: ``error_rate`` is no probability, or the prompt is not such a sum.
+        ValueError: ``error_rate`` is no probability, or the prompt is not such a division.
     """
-    if not 0.0 <= error_rate <= 1.0:
-        raise ValueError(f"error_rate is {error_rate}, not in [0, 1]: set error_rate to, say, 0.15")
-    operands = _SUM.fullmatch(prompt.text or "")
-    if operands is None or len(operands[1]) != len(operands[2]):
+    if not 0.0 <= error_rate < 1.0:
+        raise ValueError(f"error_rate is {error_rate}, not in [0, 1): set error_rate to, say, 0.05")
+    operands = _DIVISION.fullmatch(prompt.text or "")
+    if operands is None:
         raise ValueError(
-            f"prompt {prompt.id} is {prompt.text!r}, not a sum of two numbers of equal length: "
-            "take prompts from AdditionPrompts"
+            f"prompt {prompt.id} is {prompt.text!r}, not a division by one digit: "
+            "take prompts from DivisionPrompts"
         )
-    steps, result, carry = [], "", 0
-    for a, b in zip(reversed(operands[1]), reversed(operands[2]), strict=True):
-        total = int(a) + int(b) + carry
+    left, divisor = int(operands[1][::-1]), int(operands[2])
+    steps = []
+    while left >= divisor:
+        left -= divisor
         if rng.random() < error_rate:
-            total = _slip(total, rng)
-        steps.append(f"{a}+{b}+{carry}={total:02d};")
-        carry, digit = divmod(total, 10)
-        result = f"{digit}{result}"
-    return "".join(steps) + f"#{carry or ''}{result}."
+            left = max(0, left + rng.choice((-1, 1)))
+        steps.append(f"{_written(left)};")
+    return "".join(steps) + f"#{left}."
 
 
-def _slip(total: int, rng: random.Random) -> int:
-    """A sum near ``total`` (0 to 19) that is not ``total``: off by one, or by the carry."""
-    return rng.choice([t for t in (total - 1, total + 1, total + 10, total - 10) if 0 <= t <= 19])
+def _written(number: int) -> str:
+    """``number`` from the ones on."""
+    return str(number)[::-1]

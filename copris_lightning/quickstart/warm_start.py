@@ -1,4 +1,4 @@
-"""The quickstart's starting point: a tiny Qwen3 that learnt to add from a careless teacher.
+"""The quickstart's starting point: a tiny Qwen3 that learnt to divide from a careless teacher.
 
     python -m copris_lightning.quickstart.warm_start --output DIR [--seed N]
 
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from copris_lightning.quickstart import task
-from copris_lightning.quickstart.task import AdditionPrompts, demonstration
+from copris_lightning.quickstart.task import DivisionPrompts, demonstration
 
 CONTEXT = 512
 """Longest prompt and response together, in tokens."""
@@ -43,16 +43,18 @@ Pair = tuple[list[int], list[int]]
 _IGNORED = -100
 _RECORD = "warm_start.json"
 _HEAD_DIM = 32
+_TAIL = 1.0
+"""Of the demonstrations: long ones are less rare than in the task, since they show more."""
 
 
 def warm_start(
     output: str | Path,
     *,
     seed: int = 0,
-    steps: int = 1400,
+    steps: int = 2000,
     batch_tokens: int = 512,
     learning_rate: float = 3e-3,
-    error_rate: float = 0.15,
+    error_rate: float = 0.08,
     hidden_size: int = 128,
     layers: int = 3,
 ) -> Path:
@@ -276,11 +278,11 @@ class _ProgressLine(L.Callback):
 
 
 class _Demonstrations(IterableDataset[Batch]):
-    """An endless stream of padded batches of demonstrations, short sums first.
+    """An endless stream of padded batches of demonstrations, short ones first.
 
     Yields ``input_ids [B, T]`` and ``labels [B, T]``, in which prompt and padding are ignored.
-    The longest sum grows over the first half of the training: finding the digits of a column is
-    learnt much sooner where there are few. Batches are cut from a pool sorted by length, since at
+    The longest division grows over the first half of the training: subtraction is learnt sooner
+    from small numbers. Batches are cut from a pool sorted by length, since at
     lengths as mixed as these padding would be most of the work.
     """
 
@@ -305,13 +307,13 @@ class _Demonstrations(IterableDataset[Batch]):
         done = 0
         while True:
             grown = min(1.0, 2 * done / self.steps)
-            batches = self._pool(rng, round(2 + grown * (task.MAX_DIGITS - 2)))
+            batches = self._pool(rng, round(2 + grown * (task.MAX_QUOTIENT - 2)))
             done += len(batches)
             yield from map(self._pad, batches)
 
-    def _pool(self, rng: random.Random, max_digits: int) -> list[list[Pair]]:
+    def _pool(self, rng: random.Random, max_quotient: int) -> list[list[Pair]]:
         pairs = []
-        for prompt in AdditionPrompts(self.POOL, rng.getrandbits(64), max_digits=max_digits):
+        for prompt in DivisionPrompts(self.POOL, rng.getrandbits(64), max_quotient, _TAIL):
             question = self.tokenizer.encode(prompt.text)
             answer = self.tokenizer.encode(demonstration(prompt, rng, self.error_rate))
             pairs.append((question, [*answer, self.tokenizer.eos_token_id]))

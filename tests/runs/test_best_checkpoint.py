@@ -24,9 +24,9 @@ def test_the_best_checkpoint_is_kept_under_a_name_without_a_slash(
     args = [f"--config={path}" for path in configs]
     args += [f"--model.init_args.model={tiny_checkpoint}", "--trainer.max_steps=4"]
     args += ["--trainer.val_check_interval=2", "--reward=some_rewards.Parity"]
-    prompts = "copris_lightning.quickstart.task.AdditionPrompts"
-    addition = {"prompts": {"class_path": prompts, "init_args": {"size": 8}}}
-    args.append(f"--data.init_args.evaluations={json.dumps({'addition': addition})}")
+    prompts = "copris_lightning.quickstart.task.DivisionPrompts"
+    division = {"prompts": {"class_path": prompts, "init_args": {"size": 8}}}
+    args.append(f"--data.init_args.evaluations={json.dumps({'division': division})}")
     assert main(["fit", *args]) == 0
     saved = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.ckpt")]
     [best] = saved
@@ -36,6 +36,6 @@ def test_the_best_checkpoint_is_kept_under_a_name_without_a_slash(
     )
     assert found, saved
     shown = [
-        float(x) for x in re.findall(r"val/addition/avg_at_k=(0\.\d+)", capsys.readouterr().out)
+        float(x) for x in re.findall(r"val/division/avg_at_k=(0\.\d+)", capsys.readouterr().out)
     ]
     assert float(found[2]) == pytest.approx(max(shown), abs=6e-4)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from copris_lightning import CoprisModule, VLLMEngine
-from copris_lightning.quickstart.task import AdditionReward
+from copris_lightning.quickstart.task import DivisionReward
 from copris_lightning.rollout.rewards import Prompt
 
 PLACES = ("boot", "sync", "stage", "reward", "scoring", "training")
@@ -36,7 +36,7 @@ class HoldingEngine(VLLMEngine):
     worker_extension: ClassVar[str] = "holding_worker.HoldingExtension"
 
 
-class HoldingReward(AdditionReward):
+class HoldingReward(DivisionReward):
     """Holds within a call of the reward."""
 
     def __call__(self, response: str, prompt: Prompt) -> float:

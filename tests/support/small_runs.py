@@ -51,7 +51,7 @@ def settle(directory: Path, checkpoint: Path) -> None:
     data = {
         "task": {
             "prompts": {
-                "class_path": "copris_lightning.quickstart.task.AdditionPrompts",
+                "class_path": "copris_lightning.quickstart.task.DivisionPrompts",
                 "init_args": {"size": 64},
             },
             "scoring": {"reward": {"class_path": "some_rewards.Parity"}},
