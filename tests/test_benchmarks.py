@@ -84,6 +84,61 @@ def test_it_reports_and_draws_what_the_runs_logged(
     assert "<svg" in (tmp_path / "figure.svg").read_text()
 
 
+@pytest.fixture
+def learning(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return load("learning")
+
+
+def test_each_flows_command_line_parses(
+    learning: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from copris_lightning.__main__ import main
+
+    given: list[tuple[str, ...]] = []
+    monkeypatch.setattr(learning, "fit", lambda target, *args, every: given.append(args))
+    monkeypatch.chdir(ROOT)
+    for arm in learning.ARMS:
+        learning.train(tmp_path, arm, 3, cap=128, batches=100, every=10)
+    for arguments in given:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config=configs/quickstart.yaml", *arguments, "--print_config"])
+        assert stop.value.code == 0
+
+
+def test_flows_are_compared_with_sync_seed_by_seed(
+    learning: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Straight lines from 0.5, of 100 tokens a batch: what their ends and areas are is plain.
+    gain = {"sync": (0.3, 0.1, 0.2), "fresh": (0.3, 0.1, 0.2), "kept": (0.2, 0.0, 0.2)}
+    arms: dict[str, dict[int, Any]] = {arm: {} for arm in gain}
+    for arm, gains in gain.items():
+        for seed, more in enumerate(gains):
+            target = tmp_path / f"{arm}-{seed}"
+            target.mkdir()
+            with (target / "metrics.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, learning.METRICS)
+                writer.writeheader()
+                for batch in range(1, 21):
+                    writer.writerow({"train/tokens_per_s": 50, "time/cycle_s": 2})
+                    if batch % 5 == 0:
+                        writer.writerow({learning.HELD_OUT: 0.5 + more * (batch - 5) / 15})
+            arms[arm][seed] = learning.points(target, 5)
+    assert [tokens for tokens, _ in arms["sync"][0]] == [500, 1000, 1500, 2000]
+    assert learning.area(arms["sync"][0], 1250) == pytest.approx(0.5 + 0.3 / 4)
+    learning.report(arms)
+    sync, fresh, kept = capsys.readouterr().out.splitlines()[1:]
+    # The last three of four evaluations: at 1/3, 2/3 and all of the gain.
+    assert sync.split() == ["sync", "3", f"{0.5 + 0.2 * 2 / 3:.3f}", "0.600"]
+    assert "final +0.000 (+0.000 to +0.000)  area +0.000 (+0.000 to +0.000)" in fresh
+    differences = [-0.1 * 2 / 3, -0.1 * 2 / 3, 0.0]
+    half = 4.303 * statistics.stdev(differences) / math.sqrt(3)
+    middle = statistics.fmean(differences)
+    assert f"final {middle:+.3f} ({middle - half:+.3f} to {middle + half:+.3f})" in kept
+    learning.draw(arms, tmp_path / "learning.svg")
+    assert (tmp_path / "learning.svg").stat().st_size > 0
+
+
 # ---------------------------------------------------------------- each of them, in small
 
 
