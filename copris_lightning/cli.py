@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from itertools import count
@@ -11,6 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from copris_lightning.config_files import (
     check_files,
@@ -23,7 +25,7 @@ from copris_lightning.keys import SHORT, refusals, with_keys, without_short_name
 from copris_lightning.parsing import CoprisParser, configuration_error
 from copris_lightning.policy.module import CoprisModule
 from copris_lightning.runs.directory import directory_of, record
-from copris_lightning.runs.resume import NothingToTrain, begin
+from copris_lightning.runs.resume import NothingToTrain, begin, newest_saved
 
 _EPILOG = (
     "`copris serve --help` is about vLLM servers for rollouts, `copris simulate --help` about the "
@@ -80,7 +82,13 @@ class CoprisCLI(LightningCLI):
             print(f"copris: {done}")
             return
         self.config_init[subcommand]["ckpt_path"] = found
-        super()._run_subcommand(subcommand)
+        try:
+            super()._run_subcommand(subcommand)
+        except SIGTERMException:
+            # Lightning would end with status 0, as if all were done.
+            if self.trainer.is_global_zero:
+                print(f"copris: {_stopped(self.trainer, subcommand)}", file=sys.stderr, flush=True)
+            raise SystemExit(128 + signal.SIGTERM) from None
 
 
 class RunConfig(SaveConfigCallback):
@@ -104,6 +112,22 @@ class RunConfig(SaveConfigCallback):
     ) -> None:
         """Say in the checkpoint whose it is."""
         record(trainer, checkpoint)
+
+
+def _stopped(trainer: L.Trainer, command: str) -> str:
+    """What to say of a command that SIGTERM ended."""
+    said = f"{command} was ended by SIGTERM"
+    if command != "fit":
+        return said
+    said += f" after {trainer.global_step} optimizer steps"
+    if trainer.max_steps > 0:
+        said += f" of {trainer.max_steps}"
+    if found := newest_saved(trainer):
+        return f"{said}; to go on: the same command with --ckpt_path {found}"
+    return (
+        f"{said}, without a checkpoint: a ModelCheckpoint among trainer.callbacks with "
+        "save_on_exception saves one"
+    )
 
 
 def _seed(seed_everything: bool | int | None) -> int:
