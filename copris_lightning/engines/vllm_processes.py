@@ -51,6 +51,10 @@ _LAST_WORDS_S = 5.0
 """How long to wait for a dying engine's exit code, where nothing else says what it dies of. Told to
 stop, it takes up to 15 s."""
 
+_SOCKETS = "VLLM_RPC_BASE_PATH"
+_LONGEST_PATH = 65
+"""Of the directory of a socket, in characters: vLLM adds 37, and a path may have 107."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -116,7 +120,11 @@ class VLLMProcesses:
 
         booting: Future[AsyncLLM] = Future()
         before = set(multiprocessing.active_children())
-        owner = {**environment, OWNER_VARIABLE: this_process(self._hand_over)}
+        owner = {
+            **self._sockets(),
+            **environment,
+            OWNER_VARIABLE: this_process(self._hand_over),
+        }
 
         def boot() -> None:
             booting.set_running_or_notify_cancel()
@@ -133,6 +141,14 @@ class VLLMProcesses:
         self._find_cores = cores
         threading.Thread(target=boot, name="copris-vllm-boot", daemon=True).start()
         return booting
+
+    def _sockets(self) -> dict[str, str]:
+        """Where vLLM makes its sockets, which it leaves behind: in the directory that is removed,
+        unless somebody chose another, or its path is too long for a socket's."""
+        path = str(self._directory)
+        if _SOCKETS in os.environ or len(path) > _LONGEST_PATH:
+            return {}
+        return {_SOCKETS: path}
 
     async def _booted(self, booting: asyncio.Future[AsyncLLM]) -> AsyncLLM:
         """Wait for the boot, its deadline, or the end of a process that vLLM does not notice."""

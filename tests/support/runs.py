@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -73,13 +75,19 @@ class Run:
         support = str(ROOT / "tests" / "support")
         self.log = directory / "log.txt"
         self.shared_before = set(os.listdir("/dev/shm"))
+        self.temporary = Path(tempfile.mkdtemp(prefix="run-"))
         self.process = subprocess.Popen(
             with_sigint(args, ignored=sigint_ignored),
             cwd=directory,
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={**os.environ, "PYTHONPATH": support, **(environment or {})},
+            env={
+                **os.environ,
+                "PYTHONPATH": support,
+                "TMPDIR": str(self.temporary),
+                **(environment or {}),
+            },
         )
         self.started: dict[int, psutil.Process] = {}
 
@@ -126,7 +134,7 @@ class Run:
         return self.process.returncode
 
     def assert_nothing_left(self) -> None:
-        """No process (so no port of one) and no shared memory of the run survives it (for long)."""
+        """No process (so no port of one), shared memory or socket of it survives it (for long)."""
         assert self.started, "no child process was ever seen"
         deadline = time.monotonic() + 20
         while alive := self.alive():
@@ -136,6 +144,7 @@ class Run:
         while (left := abandoned() - self.shared_before) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert left == set()
+        assert [path for path in self.temporary.iterdir() if path.is_socket()] == []
 
     def end(self) -> None:
         """Leave nothing running, whatever a test has found."""
@@ -145,3 +154,4 @@ class Run:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
+        shutil.rmtree(self.temporary, ignore_errors=True)
