@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 
 from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.saved import SavedGroups
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import quarantine, set_advantages
@@ -268,7 +269,7 @@ class Feed:
             **self._run.state_dict(),
             **self._session.call(self.scheduler.snapshot(), watch=False),
             "batch_index": batch.index,
-            "delivered": [group.state_dict() for group in batch.groups if is_open],
+            "delivered": SavedGroups.of(batch.groups if is_open else ()).state_dict(),
             "undivided": batch.is_undivided,
             "position": position if is_open else 0,
             "packed": batch.packed,
@@ -293,7 +294,7 @@ class Feed:
         batch = Batch(
             index=state["batch_index"],
             version=state["policy_version"],
-            groups=tuple(PromptGroup.from_state(group) for group in state["delivered"]),
+            groups=tuple(SavedGroups.from_state(state["delivered"]).groups()),
             figures=state["metrics"],
             packed=state["packed"],
             first_step=state["first_step"],
