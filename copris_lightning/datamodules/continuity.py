@@ -14,6 +14,7 @@ from typing import Any
 
 from copris_lightning.core.buffer import CarryOverBuffer
 from copris_lightning.core.saved import SavedGroups
+from copris_lightning.datamodules.checksums import refuse_changed
 from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.prompts.stream import PromptStream
@@ -88,17 +89,28 @@ class Continuity:
             "special_tokens": self.settings.task.template.special_tokens,
         }
 
-    def check(self, state: dict[str, Any]) -> None:
+    def check(self, state: dict[str, Any], name: str) -> None:
         """Refuse a rollout's state that this run would not go on from as the uncut run did.
 
+        Args:
+            state: of a checkpoint.
+            name: the checkpoint's.
+
         Raises:
-            ConfigurationError: names the prompt or the setting that is not what it was.
+            ConfigurationError: names it, and the prompt or the setting that is not what it was.
         """
+        try:
+            self._check(state)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"ckpt_path={name!r}: {error}") from error
+
+    def _check(self, state: dict[str, Any]) -> None:
         if state.get("layout") != LAYOUT:
             raise ConfigurationError(
                 f"the checkpoint's rollout has layout {state.get('layout', 1)}, and this version "
                 f"reads layout {LAYOUT}: go on with the version of copris-lightning that saved it"
             )
+        refuse_changed(state)
         self._check_prompts(state)
         self._check_unfinished(state)
         if state["position"] and state["parts"] != self.parts:

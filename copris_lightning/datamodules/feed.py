@@ -12,6 +12,7 @@ import lightning as L
 from copris_lightning.core.batching import MicroBatch
 from copris_lightning.core.saved import SavedGroups
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
+from copris_lightning.datamodules.checksums import with_checksums
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import quarantine, set_advantages
 from copris_lightning.datamodules.cycle import Cycle
@@ -265,7 +266,7 @@ class Feed:
         steps = self._trainer.global_step - batch.first_step
         position = min(steps * self.shape.micro_batches, len(batch.micro_batches))
         is_open = batch.is_undivided or position < len(batch.micro_batches)
-        return {
+        state = {
             **self._run.state_dict(),
             **self._session.call(self.scheduler.snapshot(), watch=False),
             "batch_index": batch.index,
@@ -277,11 +278,17 @@ class Feed:
             "policy_version": batch.version,
             "metrics": batch.figures,
         }
+        return with_checksums(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place; a batch that was being trained on is divided again."""
-        self._run.check(state)
-        self._run.prompts.load_state_dict(state["prompts"])
+        """Go on from rank 0's saved place; a batch that was being trained on is divided again."""
+
+        def checked() -> dict[str, Any]:
+            self._run.check(state, str(self._trainer.ckpt_path))
+            prompts: dict[str, Any] = state["prompts"]
+            return prompts
+
+        self._run.prompts.load_state_dict(self._ranks.share(checked))
         self.batch = self._ranks.deal(partial(self._restored, state))
 
     def _restored(self, state: dict[str, Any]) -> list[Batch]:
