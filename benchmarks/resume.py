@@ -1,4 +1,4 @@
-"""How long a run takes to go on, by how much it carries.
+"""How long a run takes to go on, and how long it stands still to be saved, by how much it carries.
 
     python benchmarks/resume.py
 
@@ -6,19 +6,23 @@ A run on the simulated engine is ended after its first batch, with ever more tra
 over. Measured is the time from the call of ``fit`` to the start of training, by turns with a run
 that begins anew; and what the checkpoint takes. On a real engine its boot comes on top, and the
 prefill of the carried prefixes: ``rollout.py`` says what is computed again.
+
+While the buffer's state is taken, the rollout's event loop does nothing else. That time is measured
+by turns with a copy of as many bytes.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from harness import Report, Table, by_turns, parse, parser
 from models import quiet, qwen3, save
 from reward import reward
@@ -34,6 +38,8 @@ from copris_lightning import (
     Task,
     WeightSync,
 )
+from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.core.saved import SavedGroups
 from copris_lightning.engines.simulated_tokens import LengthModel
 from copris_lightning.rollout.rewards import Prompt
 
@@ -100,8 +106,7 @@ def carried(model: str, cap: int, tokens: int, file: Path) -> int:
     run = trainer()
     run.fit(module, data)
     run.save_checkpoint(file)
-    groups = data.state_dict()["buffer"]["groups"]
-    return sum(len(row["tokens"]) for group in groups for row in group["trajectories"])
+    return SavedGroups.from_state(data.state_dict()["buffer"]["groups"]).response_tokens
 
 
 def seconds(model: str, cap: int, tokens: int, file: Path | None) -> float:
@@ -115,12 +120,74 @@ def seconds(model: str, cap: int, tokens: int, file: Path | None) -> float:
     return stop.at - started
 
 
+def holding(tokens: int, length: int) -> CarryOverBuffer:
+    """A buffer in which so many tokens are in flight, with two log-probs each.
+
+    Args:
+        tokens: of all responses.
+        length: of each response.
+    """
+    count = max(1, tokens // length)
+    buffer = CarryOverBuffer(
+        limit=count, group_size=GROUP_SIZE, batch_groups=1, max_new_tokens=2 * length
+    )
+    ids, logprobs = [7] * length, [-1.0] * length
+    while buffer.in_flight < count:
+        trajectory = buffer.next()
+        if trajectory is None:
+            buffer.admit(f"p{buffer.admitted}", 0, range(32))
+            continue
+        trajectory.append(ids, logprobs, 0)
+        trajectory.add_logprobs("trainer", logprobs)
+    return buffer
+
+
+def tensors(state: Any) -> Iterator[torch.Tensor]:
+    """All tensors of a state."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for item in state.values() if isinstance(state, dict) else state:
+            yield from tensors(item)
+
+
+def standing_still(tokens: int, length: int, rounds: int) -> Table:
+    """What the loop does not do while it is saved, in seconds."""
+    buffer = holding(tokens, length)
+    copied = list(tensors(buffer.state_dict()))
+    size = sum(tensor.nbytes for tensor in copied)
+
+    def copy() -> float:
+        started = time.perf_counter()
+        kept = [tensor.clone() for tensor in copied]
+        took = time.perf_counter() - started
+        assert len(kept) == len(copied)
+        return took
+
+    def save() -> float:
+        started = time.perf_counter()
+        state = buffer.state_dict()
+        took = time.perf_counter() - started
+        assert state["admitted"] == buffer.admitted
+        return took
+
+    title = (
+        f"save: {tokens:,} tokens in {buffer.in_flight:,} trajectories, {size / 1e6:.1f} MB: "
+        "seconds that the loop stands still"
+    )
+    times = by_turns({"copy": copy, "save": save}, rounds, warm_up=1)
+    return Table(title, times, ("copy",), higher_is_better=False)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     line = parser(__doc__, rounds=5)
     line.add_argument("--caps", type=int, nargs="+", default=[64, 512, 4096])
     line.add_argument("--tokens", type=int, default=400, help="median length of a response")
-    options = parse(line, arguments, {"caps": [16], "tokens": 16})
+    line.add_argument("--held", type=int, nargs="+", default=[2_000_000, 20_000_000])
+    line.add_argument("--length", type=int, default=2000, help="of a response that is held")
+    quick = {"caps": [16], "tokens": 16, "held": [4000], "length": 100}
+    options = parse(line, arguments, quick)
     quiet()
     report = Report("resume", options)
     with tempfile.TemporaryDirectory() as folder:
@@ -138,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             size = file.stat().st_size / 1e6
             title = f"{cap:,} in flight, {tokens:,} tokens carried, {size:.1f} MB: seconds"
             report.add(Table(title, times, ("anew",), higher_is_better=False))
+    for held in options.held:
+        report.add(standing_still(held, options.length, options.rounds))
     report.write()
 
 

@@ -209,9 +209,13 @@ def test_a_training_step_is_timed_beside_plain_transformers(tmp_path: Path) -> N
     assert median(tables, "seconds of a step", "ours") > 0
 
 
-def test_a_resume_is_timed_beside_a_run_that_begins_anew(tmp_path: Path) -> None:
+def test_a_resume_is_timed_beside_a_run_that_begins_anew_and_a_save_beside_a_copy(
+    tmp_path: Path,
+) -> None:
     tables = quick("resume", tmp_path)
-    [title] = tables
+    title, saved = tables
+    assert median(tables, saved, "save") > 0
+    assert "4,000 tokens in 40 trajectories" in saved
     assert int(title.split(" in flight, ")[1].split(" tokens")[0].replace(",", "")) > 0
     assert median(tables, title, "resumed") > 0
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from copris_lightning import Sampling
-from copris_lightning.core.trajectory import PromptGroup
+from copris_lightning.core.saved import SavedGroups
 from copris_lightning.datamodules.divide import BatchShape, divide
 from copris_lightning.policy.module import CoprisModule
 
@@ -92,7 +92,7 @@ def loss_alone(checkpoint: Path, saved: dict[str, Any]) -> float:
     module.configure_model()
     assert module.policy is not None
     module.policy.model.load_state_dict(saved["before"])
-    groups = [PromptGroup.from_state(group) for group in saved["groups"]]
+    groups = SavedGroups.from_state(saved["groups"]).groups()
     [[batch]] = divide(
         groups,
         BatchShape(1, 1, 1, 64),

@@ -18,6 +18,7 @@ from some_rewards import constant, no_verdict, no_verdict_sometimes
 from copris_lightning import DecoupledRatio, KLPenalty, LagRejection, Masking, Truncation
 from copris_lightning.__main__ import main
 from copris_lightning.core.estimator.estimator import Estimate
+from copris_lightning.core.saved import SavedGroups
 from copris_lightning.errors import ConfigurationError, QuarantineError, RolloutError
 
 ROOT = Path(__file__).parents[1]
@@ -130,7 +131,7 @@ def test_past_the_share_quarantine_ends_the_run_and_loses_nothing(
         trainer.fit(module, datamodule=data)
     assert "train" not in log
     assert data.state_dict()["undivided"]
-    assert len(data.state_dict()["delivered"]) == 4
+    assert len(SavedGroups.from_state(data.state_dict()["delivered"]).groups()) == 4
 
 
 def test_a_reward_that_never_varies_is_an_error_under_dapo(

@@ -51,6 +51,7 @@ from typing import Any
 from copris_lightning.core.contents import Contents, Key, Status
 from copris_lightning.core.freshness import Freshness
 from copris_lightning.core.outcome import FinishReason, Verdict
+from copris_lightning.core.saved import SavedGroups
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 
 __all__ = ["CarryOverBuffer", "Key", "Status"]
@@ -315,7 +316,7 @@ class CarryOverBuffer:
             ValueError: the group size or the response limit differs from the saved one, or the
                 saved groups cannot all be trained on within this run's K.
         """
-        self._check(state)
+        self.check(state)
         self.version = state["version"]
         self._contents = Contents.from_state(self.group_size, state)
         self._freshness = Freshness(self._freshness.max_staleness)
@@ -325,20 +326,21 @@ class CarryOverBuffer:
             if self.status((group.group_id, 0)) is Status.READY:
                 self._freshness.complete(group)
 
-    # -- inside ----------------------------------------------------------------------------
-
-    def _check(self, state: dict[str, Any]) -> None:
+    def check(self, state: dict[str, Any]) -> None:
+        """Refuse a state that :meth:`load_state_dict` refuses, in the same words; load nothing."""
         for name in ("group_size", "max_new_tokens"):
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the saved rollout state has {name}={state[name]}, this run has "
                     f"{getattr(self, name)}: unfinished groups cannot change it"
                 )
-        firsts = [group["first_version"] for group in state["groups"]]
-        begun = [state["version"] if first is None else first for first in firsts]
+        firsts = SavedGroups.from_state(state["groups"]).first_versions.tolist()
+        begun = [state["version"] if first < 0 else first for first in firsts]
         # While a batch is out, the first of them leave at the version that follows.
         leaving = state["version"] + bool(state["taken"])
         self._freshness.check(begun, leaving, self.batch_groups)
+
+    # -- inside ----------------------------------------------------------------------------
 
     def _expect(self, key: Key, status: Status) -> None:
         assert self.status(key) is status, f"{key} is {self.status(key)}, not {status}"

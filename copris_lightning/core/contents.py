@@ -11,6 +11,10 @@ from enum import StrEnum
 from heapq import heappop, heappush
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from copris_lightning.core.saved import SavedGroups
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
 
 Key = tuple[int, int]
@@ -34,6 +38,8 @@ class Status(StrEnum):
 _GONE = (Status.DELIVERED, Status.EVICTED)
 _QUEUED = (Status.WAITING, Status.CARRIED_OVER)
 _REWARDED = (Status.SCORED, Status.READY)
+_SAVED = (Status.WAITING, Status.CARRIED_OVER, Status.FINISHED, Status.SCORED, Status.READY)
+"""Where a saved trajectory may be, by the number that says so."""
 
 
 class Contents:
@@ -124,16 +130,14 @@ class Contents:
     # -- saving ----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values. What is in flight is saved as carried over."""
+        """Plain values and tensors. What is in flight is saved as carried over."""
         return {
             "admitted": self.admitted,
             "delivered": self.count(Status.DELIVERED),
             "evicted": self.count(Status.EVICTED),
             "taken": [group_id for group_id, sample in self.keys(Status.TAKEN) if sample == 0],
-            "groups": [
-                {**group.state_dict(), "status": self._saved_status(group.group_id)}
-                for group in self
-            ],
+            "groups": SavedGroups.of(self).state_dict(),
+            "places": self._saved_places(),
         }
 
     @classmethod
@@ -144,15 +148,19 @@ class Contents:
         contents._gone.update({status: state[str(status)] for status in _GONE})
         for group_id in state["taken"]:
             contents._put(group_id, [Status.TAKEN] * group_size)
-        for saved in state["groups"]:
-            group = PromptGroup.from_state({k: v for k, v in saved.items() if k != "status"})
+        groups = SavedGroups.from_state(state["groups"]).groups()
+        for group, places in zip(groups, state["places"].tolist(), strict=True):
             contents._groups[group.group_id] = group
-            contents._put(group.group_id, [Status(name) for name in saved["status"]])
+            contents._put(group.group_id, [_SAVED[place] for place in places])
         return contents
 
-    def _saved_status(self, group_id: int) -> list[str]:
-        statuses = (self._status[key] for key in self._siblings(group_id))
-        return [str(Status.CARRIED_OVER if s is Status.IN_FLIGHT else s) for s in statuses]
+    def _saved_places(self) -> Tensor:
+        """Of each trajectory ``[N, G]``, uint8, as places in :data:`_SAVED`."""
+        codes = {status: code for code, status in enumerate(_SAVED)}
+        codes[Status.IN_FLIGHT] = codes[Status.CARRIED_OVER]
+        keys = (key for group_id in self._groups for key in self._siblings(group_id))
+        found = [codes[self._status[key]] for key in keys]
+        return torch.tensor(found, dtype=torch.uint8).reshape(-1, self._group_size)
 
     # -- inside ----------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 FinishReason = Literal["stop", "length"]
 
@@ -53,12 +53,6 @@ class Outcome:
     finish_reason: FinishReason
     verdict: Verdict | None = None
 
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Outcome:
-        """Rebuild it from its fields as plain values."""
-        verdict = state["verdict"]
-        return cls(state["finish_reason"], verdict and Verdict(**verdict))
-
 
 @dataclass(frozen=True, slots=True)
 class Excluded:
@@ -89,9 +83,3 @@ class Credit:
 
     advantage: float
     excluded: Excluded | None = None
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Credit:
-        """Rebuild it from its fields as plain values."""
-        excluded = state["excluded"]
-        return cls(state["advantage"], excluded and Excluded(**excluded))

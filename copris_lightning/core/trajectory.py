@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
-from copris_lightning.core.columns import WHOSE, Source, not_finite, tensor_of
+from copris_lightning.core.columns import WHOSE, Source, not_finite
 from copris_lightning.core.outcome import Credit, Excluded, FinishReason, Outcome, Verdict
 from copris_lightning.core.segments import Segment, Span, between, label, last_version
 
@@ -249,38 +249,6 @@ class Trajectory:
                 return f"{whose} log-prob of token {position} is {column[position]}"
         return None
 
-    # -- saving ----------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors, which share nothing with it; see :meth:`from_state`."""
-        return {
-            "group_id": self.group_id,
-            "sample": self.sample,
-            "prompt_id": self.prompt_id,
-            "prompt": tensor_of(array("i", self.prompt)),
-            "max_new_tokens": self.max_new_tokens,
-            "tokens": tensor_of(self.tokens),
-            "segments": [[s.length, s.version, s.kv_version] for s in self.segments],
-            "logprobs": {source: tensor_of(column) for source, column in self.logprobs.items()},
-            "outcome": self.outcome and asdict(self.outcome),
-            "credit": self.credit and asdict(self.credit),
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> Trajectory:
-        """Rebuild a trajectory from :meth:`state_dict`."""
-        return cls(
-            **{
-                **state,
-                "prompt": tuple(state["prompt"].tolist()),
-                "tokens": array("i", state["tokens"].tolist()),
-                "segments": [Segment(*segment) for segment in state["segments"]],
-                "logprobs": {s: array("f", v.tolist()) for s, v in state["logprobs"].items()},
-                "outcome": state["outcome"] and Outcome.from_state(state["outcome"]),
-                "credit": state["credit"] and Credit.from_state(state["credit"]),
-            }
-        )
-
     @property
     def _written(self) -> Iterator[Segment]:
         return (segment for segment in self.segments if segment.version is not None)
@@ -332,18 +300,3 @@ class PromptGroup:
         if len(verdicts) != len(self.trajectories):
             raise ValueError(f"group {self.group_id} is not scored yet")
         return verdicts
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors; the inverse of :meth:`from_state`."""
-        return {
-            "group_id": self.group_id,
-            "prompt_index": self.prompt_index,
-            "first_version": self.first_version,
-            "trajectories": [t.state_dict() for t in self.trajectories],
-        }
-
-    @classmethod
-    def from_state(cls, state: dict[str, Any]) -> PromptGroup:
-        """Rebuild a group from :meth:`state_dict`."""
-        trajectories = [Trajectory.from_state(t) for t in state["trajectories"]]
-        return cls(**{**state, "trajectories": trajectories})

@@ -64,9 +64,7 @@ def check_resumed(trainer: L.Trainer, data: L.LightningDataModule, run: Continui
             "were saved with save_weights_only=false",
         )
     try:
-        run.check(state)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"ckpt_path={name!r}: {error}") from error
+        run.check(state, name)
     except (KeyError, TypeError, AttributeError) as error:
         raise _refusal(name, f"its rollout is not one of this version ({error!r})") from error
 

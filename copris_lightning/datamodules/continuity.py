@@ -9,11 +9,12 @@ all that concerns evaluation.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.core.saved import SavedGroups
+from copris_lightning.datamodules.checksums import refuse_changed
 from copris_lightning.datamodules.divide import BatchShape
 from copris_lightning.datamodules.identity import DataIdentity
 from copris_lightning.datamodules.prompts.stream import PromptStream
@@ -21,7 +22,7 @@ from copris_lightning.datamodules.settings import RolloutSettings
 from copris_lightning.engines.engine import Decoding
 from copris_lightning.errors import ConfigurationError
 
-LAYOUT = 4
+LAYOUT = 5
 """Of the rollout's state in a checkpoint; another one is refused."""
 
 
@@ -88,17 +89,28 @@ class Continuity:
             "special_tokens": self.settings.task.template.special_tokens,
         }
 
-    def check(self, state: dict[str, Any]) -> None:
+    def check(self, state: dict[str, Any], name: str) -> None:
         """Refuse a rollout's state that this run would not go on from as the uncut run did.
 
+        Args:
+            state: of a checkpoint.
+            name: the checkpoint's.
+
         Raises:
-            ConfigurationError: names the prompt or the setting that is not what it was.
+            ConfigurationError: names it, and the prompt or the setting that is not what it was.
         """
+        try:
+            self._check(state)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"ckpt_path={name!r}: {error}") from error
+
+    def _check(self, state: dict[str, Any]) -> None:
         if state.get("layout") != LAYOUT:
             raise ConfigurationError(
                 f"the checkpoint's rollout has layout {state.get('layout', 1)}, and this version "
                 f"reads layout {LAYOUT}: go on with the version of copris-lightning that saved it"
             )
+        refuse_changed(state)
         self._check_prompts(state)
         self._check_unfinished(state)
         if state["position"] and state["parts"] != self.parts:
@@ -108,7 +120,7 @@ class Continuity:
                 f"trainer.accumulate_grad_batches and batch.updates for this batch"
             )
         try:
-            self.new_buffer().load_state_dict(state["buffer"])
+            self.new_buffer().check(state["buffer"])
         except ValueError as error:
             raise ConfigurationError(str(error)) from error
 
@@ -125,17 +137,18 @@ class Continuity:
         self._same("seed", state["seed"], self.settings.seed, "the order of the prompts")
 
     def _check_unfinished(self, state: dict[str, Any]) -> None:
-        rows = list(_trajectories(state["buffer"]["groups"]))
-        begun = [row for row in [*rows, *_trajectories(state["delivered"])] if row["segments"]]
+        held = SavedGroups.from_state(state["buffer"]["groups"])
+        delivered = SavedGroups.from_state(state["delivered"])
+        begun = held.begun + delivered.begun
         if begun:
-            held = f"{len(begun)} responses that it holds"
+            what = f"{begun} responses that it holds"
             for name, value in self._sampling.items():
-                self._same(f"task.sampling.{name}", state["sampling"].get(name), value, held)
-        unscored = any(len(r["logprobs"].get("trainer", ())) < len(r["tokens"]) for r in begun)
+                self._same(f"task.sampling.{name}", state["sampling"].get(name), value, what)
+        unscored = held.lacking("trainer") + delivered.lacking("trainer")
         was, now = state["behavior_logprobs"], self.settings.flow.source
         if unscored and was == "engine" and now == "trainer":
             self._same("flow.behavior_logprobs", was, now, "responses begun under older weights")
-        unknown = sum(len(r["logprobs"].get("engine", ())) < len(r["tokens"]) for r in begun)
+        unknown = held.lacking("engine") + delivered.lacking("engine")
         if unknown and self.asks_logprobs:
             flow = self.settings.flow
             user = "flow.behavior_logprobs" if now == "engine" else "estimator.corrections"
@@ -146,14 +159,13 @@ class Continuity:
                 "responses for which they were not asked; keep what it was saved with, or start a "
                 "new run (without ckpt_path)"
             )
-        scored = sum((row["outcome"] or {}).get("verdict") is not None for row in rows)
-        if scored:
-            held = f"{scored} responses of its groups"
+        if held.scored:
+            what = f"{held.scored} responses of its groups"
             task = self.settings.task
-            self._same("task.scoring.reward", state["reward"], task.scoring.name, held)
+            self._same("task.scoring.reward", state["reward"], task.scoring.name, what)
             shown = state["special_tokens"]
             name = "task.template.special_tokens"
-            self._same(name, shown, task.template.special_tokens, held)
+            self._same(name, shown, task.template.special_tokens, what)
 
     @property
     def _sampling(self) -> dict[str, Any]:
@@ -172,7 +184,3 @@ class Continuity:
                 f"{name}={now}{by} is not the checkpoint's {was}, which decided {what}; set "
                 "it to that, or start a new run (without ckpt_path)"
             )
-
-
-def _trajectories(groups: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    return (row for group in groups for row in group["trajectories"])

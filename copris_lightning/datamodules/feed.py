@@ -10,7 +10,9 @@ from typing import Any
 import lightning as L
 
 from copris_lightning.core.batching import MicroBatch
+from copris_lightning.core.saved import SavedGroups
 from copris_lightning.core.trajectory import PromptGroup, Trajectory
+from copris_lightning.datamodules.checksums import with_checksums
 from copris_lightning.datamodules.continuity import Continuity
 from copris_lightning.datamodules.credit import quarantine, set_advantages
 from copris_lightning.datamodules.cycle import Cycle
@@ -264,11 +266,11 @@ class Feed:
         steps = self._trainer.global_step - batch.first_step
         position = min(steps * self.shape.micro_batches, len(batch.micro_batches))
         is_open = batch.is_undivided or position < len(batch.micro_batches)
-        return {
+        state = {
             **self._run.state_dict(),
             **self._session.call(self.scheduler.snapshot(), watch=False),
             "batch_index": batch.index,
-            "delivered": [group.state_dict() for group in batch.groups if is_open],
+            "delivered": SavedGroups.of(batch.groups if is_open else ()).state_dict(),
             "undivided": batch.is_undivided,
             "position": position if is_open else 0,
             "packed": batch.packed,
@@ -276,11 +278,17 @@ class Feed:
             "policy_version": batch.version,
             "metrics": batch.figures,
         }
+        return with_checksums(state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved place; a batch that was being trained on is divided again."""
-        self._run.check(state)
-        self._run.prompts.load_state_dict(state["prompts"])
+        """Go on from rank 0's saved place; a batch that was being trained on is divided again."""
+
+        def checked() -> dict[str, Any]:
+            self._run.check(state, str(self._trainer.ckpt_path))
+            prompts: dict[str, Any] = state["prompts"]
+            return prompts
+
+        self._run.prompts.load_state_dict(self._ranks.share(checked))
         self.batch = self._ranks.deal(partial(self._restored, state))
 
     def _restored(self, state: dict[str, Any]) -> list[Batch]:
@@ -293,7 +301,7 @@ class Feed:
         batch = Batch(
             index=state["batch_index"],
             version=state["policy_version"],
-            groups=tuple(PromptGroup.from_state(group) for group in state["delivered"]),
+            groups=tuple(SavedGroups.from_state(state["delivered"]).groups()),
             figures=state["metrics"],
             packed=state["packed"],
             first_step=state["first_step"],

@@ -312,4 +312,4 @@ class RolloutDataModule(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from rank 0's state in a checkpoint; evaluation has none."""
         if self.feed is not None and state_dict:
-            self.feed.load_state_dict(self.ranks.share(lambda: state_dict))
+            self.feed.load_state_dict(state_dict)

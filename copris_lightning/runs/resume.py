@@ -175,14 +175,21 @@ def read(path: Path) -> Facts:
         parts = [path / "meta.pt", *sorted(path.glob("checkpoint/*model_states.pt"))]
         file = next((part for part in parts if part.is_file()), path)
     try:
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        recorded = Path(state[RECORD]) if RECORD in state else None
-        loops = state.get("loops", {}).get("fit_loop", {})
-        epochs = loops.get("epoch_progress", {}).get("current", {}).get("processed")
-        step = state.get("global_step")
+        state = file.stat()
+        step, epochs, recorded = _read_once(file, state.st_size, state.st_mtime_ns)
     except UNREADABLE:
         return Facts(None, None, _run_of(path, None))
     return Facts(step, epochs, _run_of(path, recorded))
+
+
+@functools.lru_cache(maxsize=4)
+def _read_once(file: Path, size: int, changed: int) -> tuple[Any, Any, Path | None]:
+    """Steps, epochs and run of a file, which is asked for several times in a start."""
+    state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    recorded = Path(state[RECORD]) if RECORD in state else None
+    loops = state.get("loops", {}).get("fit_loop", {})
+    epochs = loops.get("epoch_progress", {}).get("current", {}).get("processed")
+    return state.get("global_step"), epochs, recorded
 
 
 def _run_of(checkpoint: Path, recorded: Path | None) -> Path | None:

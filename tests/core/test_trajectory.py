@@ -1,16 +1,14 @@
 """Trajectories are append-only, and their columns stay parallel."""
 
 import copy
-import io
 import math
 import sys
 from itertools import groupby, pairwise
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trajectories import plain, trajectory, versions
+from trajectories import trajectory, versions
 
 from copris_lightning.core.outcome import TRUNCATED, Credit, Excluded, Verdict
 from copris_lightning.core.segments import Segment, Span
@@ -259,44 +257,6 @@ def test_logprobs_of_another_length_are_refused(count):
     assert "trainer" not in made.logprobs
 
 
-def through_a_file(state):
-    """What comes back from a checkpoint, with the safe default."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-VERDICTS = st.none() | st.just(Verdict(None, fault="its reward is nan"))
-VERDICTS |= st.builds(Verdict, st.floats(-1, 1), st.just({"format": 0.5}))
-
-
-@settings(max_examples=80, deadline=None)
-@given(responses(), st.integers(0, LIMIT), st.sampled_from([None, "stop", "length"]), VERDICTS)
-def test_a_saved_trajectory_comes_back_equal_and_shares_nothing(response, scored, reason, verdict):
-    made = make()
-    append_in_chunks(made, response[:scored])
-    made.add_logprobs("trainer", [-0.25] * len(response[:scored]))
-    if scored % 2 and scored < LIMIT and len(response) < LIMIT:
-        made.observe([5])
-    append_in_chunks(made, response[scored:])
-    made.add_logprobs("proximal", [-0.5] * made.response_length)
-    if reason is not None:
-        made.finish(reason)
-        made.credit = Credit(0.5, None if reason == "stop" else TRUNCATED)
-        if verdict is not None:
-            made.judge(verdict)
-    state, before = made.state_dict(), copy.deepcopy(made)
-    for loaded in (Trajectory.from_state(state), Trajectory.from_state(through_a_file(state))):
-        assert loaded == made
-        assert type(loaded.prompt) is tuple
-        for column in (loaded.tokens, *loaded.logprobs.values()):
-            column.append(1)
-    made.tokens.append(1)  # a state that lent its memory would forbid this
-    assert plain(before.state_dict()) == plain(state)
-    assert Trajectory.from_state(state) == before
-
-
 def test_a_token_of_a_long_trajectory_takes_at_most_sixteen_bytes():
     """With the engine's and the trainer's log-probs, over many chunks, stages and versions."""
     tokens = 20_000
@@ -368,12 +328,6 @@ def test_a_logprob_that_is_not_finite_is_named_with_whose_it_is_and_where(positi
         made.logprobs[source][position] = value
         name = whose.get(source, "the proximal policy's")
         assert made.fault() == f"{name} log-prob of token {position} is {value}"
-
-
-def test_a_saved_group_comes_back_equal():
-    group = PromptGroup(4, 17, [make(), make()], first_version=2)
-    group.trajectories[0].append([1], [-1.0], 2)
-    assert PromptGroup.from_state(through_a_file(group.state_dict())) == group
 
 
 def test_verdicts_of_a_group_are_in_sample_order_and_all_there():

@@ -176,23 +176,49 @@ def edited(saved: Path, path: Path, edit: Callable[[dict[str, Any]], object]) ->
     return path
 
 
+def another_token(content: dict[str, Any]) -> None:
+    tokens, _ = content["RolloutDataModule"]["buffer"]["groups"]["tokens"]
+    tokens[0] += 1
+
+
+def without_trace(content: dict[str, Any]) -> None:
+    state = content["RolloutDataModule"]
+    del state["data"], state["checksums"]["data"]
+
+
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
         (lambda c: c.pop("optimizer_states"), "weights only"),
         (lambda c: c.pop("RolloutDataModule"), "no rollout of a RolloutDataModule"),
         (lambda c: c["RolloutDataModule"].pop("layout"), "has layout 1"),
-        (lambda c: c["RolloutDataModule"].pop("buffer"), "not one of this version"),
-        (lambda c: c["RolloutDataModule"].pop("data"), "not one of this version"),
+        (lambda c: c["RolloutDataModule"].pop("buffer"), "(buffer is missing): go on from another"),
+        (lambda c: c["RolloutDataModule"].pop("checksums"), "(checksums are missing)"),
+        (without_trace, "not one of this version"),
+        (another_token, "(buffer changed): go on from another checkpoint (--ckpt_path)"),
+        (lambda c: c["RolloutDataModule"].update(position=1), "(position changed)"),
         (lambda c: c.pop("state_dict"), "no weights"),
     ],
-    ids=["weights only", "other data", "older", "no buffer", "no data", "no weights"],
+    ids=[
+        *("weights only", "other data", "older", "no buffer", "no checksums", "no data", "a token"),
+        *("its place", "no weights"),
+    ],
 )
-def test_a_checkpoint_that_lacks_a_part_is_refused(
+def test_a_checkpoint_of_which_a_part_is_gone_or_another_is_refused(
     saved: Path, tiny_checkpoint: Path, tmp_path: Path, edit: Any, reason: str
 ) -> None:
     file = edited(saved, tmp_path / "lacking.ckpt", edit)
     assert reason in refused(file, tiny_checkpoint, tmp_path)
+
+
+def test_a_file_that_only_lightning_reads_is_refused_by_its_name_as_well(
+    saved: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = edited(saved, tmp_path / "elsewhere.ckpt", another_token)
+    trainer, module, data, log = build(tiny_checkpoint, tmp_path, data=SIZES, max_steps=2)
+    with pytest.raises(ConfigurationError, match=r"file://.*elsewhere\.ckpt.*buffer changed"):
+        trainer.fit(module, data, ckpt_path=f"file://{file}")
+    assert log == []
 
 
 def test_another_models_checkpoint_is_refused(

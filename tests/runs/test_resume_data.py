@@ -14,6 +14,7 @@ from simulated_fits import build, ledger
 from some_rewards import another, by_answer
 
 from copris_lightning import Evaluation, Sampling
+from copris_lightning.core.buffer import CarryOverBuffer, Status
 from copris_lightning.core.estimator.corrections import Truncation
 from copris_lightning.errors import ConfigurationError
 from copris_lightning.rollout.rewards import Prompt
@@ -75,10 +76,10 @@ def cut(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     directory = tmp_path_factory.mktemp("cut")
     fit(tiny_checkpoint, directory, callbacks=[SaveAt(directory / "cut.ckpt", 4)])
     state = torch.load(directory / "cut.ckpt", weights_only=True)["RolloutDataModule"]
-    status = [s for group in state["buffer"]["groups"] for s in group["status"]]
-    assert "carried_over" in status
-    outcomes = [t["outcome"] for g in state["buffer"]["groups"] for t in g["trajectories"]]
-    assert any(outcome and outcome["verdict"] for outcome in outcomes)
+    buffer = CarryOverBuffer(limit=16, group_size=2, batch_groups=3, max_new_tokens=24)
+    buffer.load_state_dict(state["buffer"])
+    assert buffer.count(Status.CARRIED_OVER)
+    assert any(trajectory.verdict for trajectory in buffer.trajectories())
     return directory / "cut.ckpt"
 
 

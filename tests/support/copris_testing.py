@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from copris_lightning.core.saved import SavedGroups
 from copris_lightning.engines.vllm import VLLMEngine
 from copris_lightning.engines.vllm_worker import CoprisWorkerExtension
 from copris_lightning.rollout.rewards import Prompt
@@ -52,7 +53,7 @@ class SaveBatches(L.Callback):
         after = full_state(pl_module.policy.model)
         if trainer.is_global_zero:
             saved = {
-                "groups": [group.state_dict() for group in feed.batch.groups],
+                "groups": SavedGroups.of(feed.batch.groups).state_dict(),
                 "policy_version": batch.policy_version,
                 "before": self.before,
                 "loss": float(trainer.callback_metrics["train/loss"]),
