@@ -203,6 +203,16 @@ def test_a_sync_is_timed_beside_a_copy_and_step_by_step(tmp_path: Path) -> None:
     assert median(tables, "peak", "files, in weights") >= 1
 
 
+@pytest.mark.engines
+@pytest.mark.boots(2)
+def test_a_training_step_is_timed_with_generation_beside_it(tmp_path: Path) -> None:
+    tables = quick("overlap", tmp_path)
+    for place in ("client here", "engine apart"):
+        assert median(tables, "cap 8: seconds of a step", place) > 0
+        assert median(tables, "cap 8: us of the loop per token", place) > 0
+        assert median(tables, "cap 8: tokens/s", place) > 0
+
+
 def test_a_training_step_is_timed_beside_plain_transformers(tmp_path: Path) -> None:
     tables = quick("training_step", tmp_path)
     assert median(tables, "seconds of a step", "transformers") > 0

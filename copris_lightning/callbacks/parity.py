@@ -172,7 +172,7 @@ class ParityProbe:
 
         def ask() -> list[list[float]] | None:
             assert data.session is not None
-            return data.session.call(data.engine.score(sequences))
+            return data.session.call(data.session.engine.score(sequences))
 
         scores = data.ranks.lead(ask)
         if not data.ranks.share(lambda: scores is not None):

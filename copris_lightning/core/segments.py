@@ -53,7 +53,7 @@ def label(segments: list[Segment], new: Segment) -> None:
         new.version,
         new.kv_version,
     ):
-        new = replace(new, length=segments.pop().length + new.length)
+        new = Segment(segments.pop().length + new.length, new.version, new.kv_version)
     segments.append(new)
 
 

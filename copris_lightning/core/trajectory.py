@@ -131,8 +131,9 @@ class Trajectory:
         kv_version = version if kv_version is None else kv_version
         self._check_label(version, kv_version, after=last_version(self.segments))
         if logprobs is not None:
-            column = self.logprobs.setdefault("engine", array("f", bytes(4 * len(self.tokens))))
-            column.extend(array("f", logprobs))
+            if "engine" not in self.logprobs:
+                self.logprobs["engine"] = array("f", bytes(4 * len(self.tokens)))
+            self.logprobs["engine"].extend(array("f", logprobs))
         self.tokens.extend(array("i", token_ids))
         label(self.segments, Segment(len(token_ids), version, kv_version))
 

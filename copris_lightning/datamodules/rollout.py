@@ -35,6 +35,7 @@ from copris_lightning.datamodules.settings import (
     RolloutSettings,
     Task,
 )
+from copris_lightning.engines.apart import placed
 from copris_lightning.engines.engine import Engine
 from copris_lightning.errors import under
 from copris_lightning.rollout.rewards import RewardScorer
@@ -152,7 +153,7 @@ class RolloutDataModule(L.LightningDataModule):
         if self.session is None:
             scorer = RewardScorer(self.settings.task.scoring)
             self.session = RolloutSession(
-                self.engine, run.spec, scorer, run.decoder(), self._while_waiting
+                placed(self.engine, run.spec), run.spec, scorer, run.decoder(), self._while_waiting
             )
 
     def _check_training(self, run: Preparation) -> None:
@@ -195,7 +196,8 @@ class RolloutDataModule(L.LightningDataModule):
             WeightSyncError: they did not arrive.
         """
         if self.transport is None:
-            self.transport = self.engine.transport(self.ranks.rank, self._run)
+            engine = self.engine if self.session is None else self.session.engine
+            self.transport = engine.transport(self.ranks.rank, self._run)
         transport = self.transport
 
         def call(work: Callable[[SharedEngine], Coroutine[Any, Any, None]]) -> None:

@@ -31,6 +31,19 @@ def this_process(hand_over: str = "") -> str:
     return f"{socket.gethostname()}|{os.getpid()}|{hand_over}"
 
 
+def owner(hand_over: str = "") -> str:
+    """Whom the engines end with that this process starts: an owner that the environment names, or
+    else :func:`this_process`."""
+    return os.environ.get(OWNER_VARIABLE) or this_process(hand_over)
+
+
+def remove_hand_over() -> None:
+    """Remove what the owner that the environment names was sending weights through; it is gone."""
+    hand_over = os.environ[OWNER_VARIABLE].split("|")[2]
+    for directory in glob.glob(f"{glob.escape(hand_over)}*") if hand_over else ():
+        shutil.rmtree(directory, ignore_errors=True)
+
+
 def end_with_owner() -> None:
     """Watch the owner that the environment names from a daemon thread, and end with it.
 
@@ -40,7 +53,7 @@ def end_with_owner() -> None:
     """
     if OWNER_VARIABLE not in os.environ:
         return
-    host, number, hand_over = os.environ[OWNER_VARIABLE].split("|")
+    host, number, _ = os.environ[OWNER_VARIABLE].split("|")
     owner_pid = int(number)
     if socket.gethostname() != host or os.getpid() == owner_pid:
         return  # another machine's process table says nothing about the owner
@@ -60,8 +73,7 @@ def end_with_owner() -> None:
             if orphaned_s > _ORPHANED_S:
                 os._exit(1)
             time.sleep(1.0)
-        for directory in glob.glob(f"{glob.escape(hand_over)}*") if hand_over else ():
-            shutil.rmtree(directory, ignore_errors=True)
+        remove_hand_over()
         if os.getppid() == core_pid != owner_pid:
             os.kill(core_pid, signal.SIGKILL)
         os._exit(1)

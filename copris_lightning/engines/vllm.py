@@ -118,6 +118,12 @@ class VLLMEngine(VLLMReceiver):
         name = str(self.engine_args.get("dtype", "auto")).removeprefix("torch.")
         return {"auto": None, "half": "float16", "float": "float32"}.get(name, name)
 
+    @property
+    def may_be_apart(self) -> bool:
+        """Whether it can live in another process than the trainer's first rank: vLLM's own
+        transfer of weights is called from there."""
+        return self.backend == "files"
+
     def new_event_loop(self) -> asyncio.AbstractEventLoop:
         """An ordinary asyncio loop."""
         return asyncio.new_event_loop()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from copris_lightning.engines.last_words import logging_config, read_cause
-from copris_lightning.engines.owner import OWNER_VARIABLE, this_process
+from copris_lightning.engines.owner import OWNER_VARIABLE, owner
 from copris_lightning.engines.watchdog import Deadlines, SilenceWatch, Watchdog, obituary
 from copris_lightning.errors import EngineError
 
@@ -120,16 +120,12 @@ class VLLMProcesses:
 
         booting: Future[AsyncLLM] = Future()
         before = set(multiprocessing.active_children())
-        owner = {
-            **self._sockets(),
-            **environment,
-            OWNER_VARIABLE: this_process(self._hand_over),
-        }
+        variables = {**self._sockets(), **environment, OWNER_VARIABLE: owner(self._hand_over)}
 
         def boot() -> None:
             booting.set_running_or_notify_cancel()
             try:
-                with _environment(owner), _environment(self._logging_variables()):
+                with _environment(variables), _environment(self._logging_variables()):
                     booting.set_result(AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)))
             except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the boot
                 booting.set_exception(error)

@@ -23,6 +23,10 @@ finish, report)
 the transfer's own GPU      the collective library's                the collective library's
 copies (ipc, nccl)
 shutdown                    --                                      20 s, then killed
+**vLLM in a process of its own** (apart_link), which waits for vLLM as above
+whatever it is asked        the connection breaks                   silent for SILENT_S, then killed
+close                       the connection breaks                   CLOSE_S, then killed
+its end                     --                                      5 s, then killed
 **servers** (server_client, server_http)
 questions, resume           the connection breaks                   connect_timeout_s
 generate, score, pause      the connection breaks                   stall_timeout_s

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 
-from copris_lightning.rollout.channel import Channel
+from copris_lightning.engines.channel import Channel
 from copris_lightning.rollout.printed import Printed
 
 _GONE_S = 10.0

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from copris_lightning.rollout.channel import Channel
+from copris_lightning.engines.channel import Channel
 from copris_lightning.rollout.spawning import SecondRun, loading
 from copris_lightning.search_path import forget_own_safe_path
 

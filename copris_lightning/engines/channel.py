@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 import socket
 import struct
@@ -39,7 +40,14 @@ class Channel:
         Raises:
             OSError: the other end is gone.
         """
-        pickled = pickle.dumps(message)
+        self.send_pickled(pickle.dumps(message))
+
+    def send_pickled(self, pickled: bytes) -> None:
+        """The same of one that is pickled already.
+
+        Raises:
+            OSError: the other end is gone.
+        """
         self._going += _LENGTH.pack(len(pickled)) + pickled
         self.flush()
 
@@ -83,6 +91,11 @@ class Channel:
             start = end
         del self._coming[:start]
         return messages
+
+    def shut(self) -> None:
+        """Say that nothing more will be sent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
         """Let go of the connection."""
