@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from copris_lightning.engines.owner import end_with_owner
 from copris_lightning.weights.adapter import ADAPTER_ID, adapter_report
 from copris_lightning.weights.arrival import Arrival, is_head
+from copris_lightning.weights.shard_file import mapped_tensors
 
 if TYPE_CHECKING:
     from vllm.v1.worker.worker_base import WorkerBase as _Worker
@@ -63,7 +62,8 @@ class CoprisWorkerExtension(_Worker):
 
         model: Any = self._model()
         with set_current_vllm_config(self.vllm_config), self._arrival.watching() as watched:
-            model.load_weights(watched(_tensors(path)))
+            model.load_weights(watched(mapped_tensors(path)))
+            self._own_waiting_tensors()
 
     def end_shards(self) -> dict[str, Any]:
         """All files were loaded.
@@ -113,7 +113,7 @@ class CoprisWorkerExtension(_Worker):
             for module in manager.modules.values()
             for stacks in (module.lora_a_stacked, module.lora_b_stacked)
         ]
-        return adapter_report(_tensors(path), held)
+        return adapter_report(mapped_tensors(path), held)
 
     def _new_arrival(self) -> Arrival:
         if not hasattr(self, "_arrival"):
@@ -137,6 +137,17 @@ class CoprisWorkerExtension(_Worker):
         finally:
             log.setLevel(level)
 
+    def _own_waiting_tensors(self) -> None:
+        """Copy what vLLM keeps of a file for layers that are not whole yet: the file is written
+        over, whether or not the rest comes."""
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        for module in self._model().modules():
+            for _, call in get_layerwise_info(module).loaded_weights:
+                for key, value in call.arguments.items():
+                    if isinstance(value, Tensor) and not value.is_meta:
+                        call.arguments[key] = value.clone()
+
     def _forget_packed_experts(self) -> None:
         """vLLM packs the experts' weights for its CPU kernel when it makes that kernel, which it
         does once: at a reload they would stay unpacked. Without a kernel it makes a new one."""
@@ -159,17 +170,11 @@ class CoprisWorkerExtension(_Worker):
         """What can be said of the weights in the files and of those that the engine has now."""
         if not hasattr(self, "_arrival"):
             return "what the engine has could not be found out: nothing was sent to it in this way"
-        return self._arrival.explain(chain.from_iterable(map(_tensors, paths)))
+        return self._arrival.explain(chain.from_iterable(map(mapped_tensors, paths)))
 
     def _model(self) -> nn.Module:
         model: nn.Module = self.model_runner.get_model()
         return model
-
-
-def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 - not a dict
-            yield name, file.get_tensor(name)
 
 
 # A worker imports this module as soon as it starts: its owner may be killed while it boots.

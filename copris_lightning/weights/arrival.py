@@ -28,9 +28,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from copris_lightning.weights.copies import Copies, Tensors, Written, checksum, column_checksums
+from copris_lightning.weights.copies import (
+    Copies,
+    Tensors,
+    Written,
+    checksum,
+    column_checksums,
+    looking_away,
+)
 
-_COLUMNS = 16
+_COLUMNS = 4
 """Of a weight that are asked for."""
 
 
@@ -106,9 +113,8 @@ class Arrival:
         copies = self._load.copies
 
         def look_first(layer: nn.Module) -> None:
-            copies.is_paused = True
-            self._note_loaded(names[layer], layer, copies)
-            copies.is_paused = False
+            with looking_away():
+                self._note_loaded(names[layer], layer, copies)
             process(layer)
 
         method.process_weights_after_loading = look_first

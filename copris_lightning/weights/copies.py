@@ -2,46 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 Tensors = Iterator[tuple[str, Tensor]]
 """By the names of a checkpoint."""
 
-_CHUNK = {"cpu": 2**16}
-"""Elements whose checksum is computed at a time: what a core's cache holds, 2**24 elsewhere."""
+looking_away = _disable_current_modes
+"""A block within which copies are not watched, and cost nothing more."""
+
+FACTOR, SHIFT = 0x2C1B3C6D, 15
+
+_CHUNK = 2**24
+"""Elements whose checksum is computed at a time."""
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
-def _mixed(tensor: Tensor) -> Tensor:
-    """A number for each element (two for one of 64 bits) that its bits determine, 0 for zero."""
-    bits = tensor.contiguous().view(_BITS[tensor.element_size()]).to(torch.int32) * 0x2C1B3C6D
-    return bits.bitwise_xor_(bits >> 15)
-
-
-def _chunk(tensor: Tensor) -> int:
-    return _CHUNK.get(tensor.device.type, 2**24)
-
-
 def checksum(tensor: Tensor) -> int:
     """Of a tensor's elements, whatever their order and however many zeros stand among them."""
-    flat = tensor.detach().reshape(-1)
-    parts = [_mixed(part).sum(dtype=torch.int64) for part in flat.split(_chunk(flat))]
+    flat = _bits(tensor.reshape(-1))
+    if flat.device.type == "cpu":
+        from copris_lightning.weights.compiled_sums import total
+
+        return int(total(flat.numpy())) % 2**64
+    parts = [_mixed(part).sum(dtype=torch.int64) for part in flat.split(_CHUNK)]
     return int(torch.stack(parts).sum()) % 2**64 if parts else 0
 
 
 def column_checksums(matrix: Tensor) -> Tensor:
     """One for each column, int64; together they are the matrix's."""
-    parts = matrix.detach().split(max(1, _chunk(matrix) // matrix.shape[1]))
-    return torch.stack([_mixed(part).sum(dim=0, dtype=torch.int64) for part in parts]).sum(dim=0)
+    bits = _bits(matrix)
+    if bits.device.type == "cpu":
+        from copris_lightning.weights.compiled_sums import add_columns
+
+        sums = torch.zeros(bits.shape[1], dtype=torch.int64)
+        add_columns(bits.numpy(), sums.numpy())
+    else:
+        parts = bits.split(max(1, _CHUNK // bits.shape[1]))
+        sums = torch.stack([_mixed(part).sum(dim=0, dtype=torch.int64) for part in parts]).sum(0)
+    if bits.shape == matrix.shape:
+        return sums
+    return sums.view(matrix.shape[1], -1).sum(1)  # of elements of 64 bits
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Its elements' bits, as integers; an element of 64 bits is two."""
+    return tensor.detach().contiguous().view(_BITS[tensor.element_size()])
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """A number for each element that its bits determine, 0 for zero."""
+    product = bits.to(torch.int32) * FACTOR
+    return product.bitwise_xor_(product >> SHIFT)
 
 
 @dataclass
@@ -70,12 +90,10 @@ class Copies(TorchDispatchMode):
 
     Attributes:
         sent: the checksums of what was sent, by name.
-        is_paused: looks away.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.is_paused = False
         self.sent: dict[str, int] = {}
         self._direct: set[int] = set()
         self._names: dict[int, tuple[StorageWeakRef, set[str]]] = {}
@@ -84,9 +102,10 @@ class Copies(TorchDispatchMode):
     def watched(self, tensors: Tensors) -> Tensors:
         """The same tensors, recognized from then on."""
         for name, tensor in tensors:
-            if not is_whole(tensor):
-                tensor = tensor.clone()  # a storage for each, or they could not be told apart
-            self.sent[name] = checksum(tensor)
+            with looking_away():
+                if not is_whole(tensor):
+                    tensor = tensor.clone()  # a storage for each, or they could not be told apart
+                self.sent[name] = checksum(tensor)
             self._remember(tensor, {name})
             self._direct.add(tensor.untyped_storage()._cdata)
             yield name, tensor
@@ -104,19 +123,16 @@ class Copies(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if self.is_paused:
-            return result
         if func is torch.ops.aten.copy_.default:
             self._copied(args[0], args[1])
             return result
-        for argument, value in zip(func._schema.arguments, args, strict=False):
-            if argument.is_write and isinstance(value, Tensor):
-                self._changed(value, func)
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        names = set().union(*map(self._names_of, tensors))
+        for index in _written_by(func):
+            if index < len(args) and isinstance(args[index], Tensor):
+                self._changed(args[index], func)
+        names = set().union(*map(self._names_of, _tensors_in((*args, *(kwargs or {}).values()))))
         if names:
-            for made in tree_leaves(result):
-                if isinstance(made, Tensor) and not self._names_of(made):
+            for made in _tensors_in((result,)):
+                if not self._names_of(made):
                     self._remember(made, names)
         return result
 
@@ -167,6 +183,20 @@ class Copies(TorchDispatchMode):
         written.regions[where] = value
         written.names |= names
         written.is_transformed |= before is not None and before.is_transformed
+
+
+@cache
+def _written_by(func: Any) -> tuple[int, ...]:
+    """Which of its arguments an operator changes."""
+    return tuple(i for i, a in enumerate(func._schema.arguments) if a.is_write)
+
+
+def _tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors_in(value)
 
 
 def is_whole(tensor: Tensor) -> bool:

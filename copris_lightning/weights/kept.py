@@ -6,17 +6,17 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from weakref import finalize
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from copris_lightning.errors import WeightSyncError
 from copris_lightning.weights.adapter import adapter_shape, as_folder, is_adapter
+from copris_lightning.weights.shard_file import write_shards
 from copris_lightning.weights.transport import Weights
 
 SHARD_BYTES = 10**9
@@ -101,51 +101,18 @@ class KeptSet:
         """Writes one file after the other, each over the last set's."""
         first = list(islice(passing, 1))
         tensors = chain(first, passing)
-        whole = bool(first) and is_adapter(first[0][0])
-        for number, shard in enumerate(shards(tensors, None if whole else self._shard_bytes)):
-            shape = adapter_shape(shard)
-            path = folder / (f"shard-{number:05}.safetensors" if shape is None else "adapter")
-            new = (folder if shape is None else path) / "next.safetensors"
-            new.parent.mkdir(exist_ok=True)
-            save_file(shard, new)
-            shard.clear()  # not beside what the engine needs to load it
-            yield new.rename(path) if shape is None else as_folder(new, shape)
+        if not first or not is_adapter(first[0][0]):
+            yield from write_shards(folder, tensors, self._shard_bytes)
+            return
+        adapter = {name: tensor.detach().cpu().clone() for name, tensor in tensors}
+        shape = adapter_shape(adapter)
+        assert shape is not None
+        new = folder / "adapter" / "next.safetensors"
+        new.parent.mkdir(exist_ok=True)
+        save_file(adapter, new)
+        yield as_folder(new, shape)
 
     def _note(self, folder: Path, files: list[str], *, is_complete: bool) -> None:
         manifest = {"send": self._sends, "is_complete": is_complete, "files": files}
         (folder / "next.json").write_text(json.dumps(manifest))
         (folder / "next.json").rename(folder / "manifest.json")
-
-
-def shards(tensors: Iterable[tuple[str, Tensor]], limit: int | None) -> Iterator[dict[str, Tensor]]:
-    """Copies of tensors in host memory, a shard at a time.
-
-    Args:
-        tensors: each may be gone when the next is asked for.
-        limit: bytes; a shard is larger only if it is one tensor. ``None``: all in one.
-
-    Yields:
-        shards in order, each with at least one tensor, and emptied when the next is asked for.
-    """
-    shard: dict[str, Tensor] = {}
-    # One block for all shards: many small ones would not go back to the system in between.
-    block = torch.empty(0, dtype=torch.uint8)
-    size = 0
-    for name, tensor in tensors:
-        start = size + -size % tensor.element_size()
-        if shard and limit is not None and start + tensor.nbytes > limit:
-            yield shard
-            shard.clear()
-            start = 0
-        size = start + tensor.nbytes
-        if limit is None or tensor.nbytes > limit:
-            block = torch.empty(0, dtype=torch.uint8)
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
-        else:
-            if not len(block):
-                block = torch.empty(limit, dtype=torch.uint8)
-            copy = block[start:size].view(tensor.dtype).view(tensor.shape)
-        shard[name] = copy.copy_(tensor.detach())
-        del copy
-    if shard:
-        yield shard

@@ -73,9 +73,12 @@ def test_every_tensor_is_delivered_once_in_order_and_stays_on_disk(
         assert manifest(directory)["is_complete"]
         bytes_of = [[shard[n].nbytes for n in sorted(shard)] for shard in receiver.shards]
         assert all(sum(each) <= limit or len(each) == 1 for each in bytes_of)
-        # No shard could have taken in the next one's first tensor, aligned.
-        for each, after in pairwise(bytes_of):
-            assert sum(each) + 2 * len(each) + after[0] > limit
+        # No shard could have taken in the next one's first tensor, which would not be aligned.
+        for (each, after), (_, shard) in zip(
+            pairwise(bytes_of), pairwise(receiver.shards), strict=True
+        ):
+            aligned = sum(each) % shard[min(shard)].element_size() == 0
+            assert not aligned or sum(each) + after[0] > limit
     way.close()
     way.close()
     assert list(directory.iterdir()) == []
@@ -230,7 +233,7 @@ print((peak() - before) / MB, len(receiver.calls))
 """
 
 
-def test_a_send_takes_one_shard_of_host_memory(directory: Path) -> None:
+def test_a_send_takes_no_host_memory(directory: Path) -> None:
     """512 MB in shards of 64 MB, on disk: what memory holds besides the model."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY, str(directory)],
@@ -243,4 +246,4 @@ def test_a_send_takes_one_shard_of_host_memory(directory: Path) -> None:
     megabytes, calls = done.stdout.split()
     assert list(directory.iterdir()) == []  # removed when Python ends
     assert int(calls) == 3 + 2 * (1 + 8 + 1)
-    assert 60 <= float(megabytes) < 64 + 16
+    assert float(megabytes) < 16
