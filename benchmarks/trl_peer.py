@@ -9,8 +9,8 @@ batch, sampling, response limit, optimizer, loss and number of batches. Written 
 TRL 1.16 does not train on vLLM's CPU build as it is. Two things are replaced, here and nowhere
 else:
 
-1. :func:`start_eager`: vLLM compiles the model when it boots, for which it needs a C++ compiler and
-   minutes; TRL has no setting against that. All runs of a comparison have `enforce_eager`.
+1. :func:`start_as_configured`: vLLM boots with the config's `engine_args`. TRL has no setting for
+   them: left alone vLLM computes a float32 model in bfloat16, and compiles it when it boots.
 2. :func:`sync_by_reload`: TRL loads new weights into vLLM's modules one by one. The CPU build has
    packed them for its kernels and thrown the originals away, so that there is nothing to load into.
    vLLM's own reload unpacks and packs again, but for a head that is tied to the embedding.
@@ -23,7 +23,7 @@ import csv
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,16 @@ LOSSES = {
 }
 """TRL's names of normalizations."""
 ADVANTAGES = {grpo: "group", dr_grpo: "none"}
-KV_CACHE_GIB = "1"
 
 
 # ---------------------------------------------------------------- what is replaced of TRL and vLLM
 
 
-def start_eager() -> None:
-    """Have TRL boot vLLM without compiling."""
+def start_as_configured(engine_args: Mapping[str, Any]) -> None:
+    """Have TRL boot vLLM with a config's arguments besides its own."""
     from trl.generation import vllm_generation
 
-    vllm_generation.LLM = partial(vllm_generation.LLM, enforce_eager=True)
+    vllm_generation.LLM = partial(vllm_generation.LLM, **engine_args)
 
 
 def sync_by_reload() -> None:
@@ -280,7 +279,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     line.add_argument("--threads", type=int, default=torch.get_num_threads())
     options, config = line.parse_known_args(arguments)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ["VLLM_CPU_KVCACHE_SPACE"] = KV_CACHE_GIB
     # Or vLLM, being in this process, sets one, for training as well.
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
     torch.set_num_threads(options.threads)
@@ -303,7 +301,7 @@ def train(cli: CoprisCLI, passes: int, every: int) -> Recorder:
     )
     recorder = Recorder(task, settings, every)
     rows = task.rows(cli.trainer.max_steps * settings.batch.groups)
-    start_eager()
+    start_as_configured(getattr(cli.datamodule.engine, "engine_args", {}))
     sync_by_reload()
     with tempfile.TemporaryDirectory() as folder:
         peer = recorder.peer = GRPOTrainer(
