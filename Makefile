@@ -1,11 +1,12 @@
 # Two commands do all set-up on a fresh machine: `make quickstart` and `make test`.
 PYTHON ?= python3.11
 VENV := .venv
+TRL := .venv-trl
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .PHONY: setup quickstart simulated test test-engines test-models test-kills test-deepspeed
-.PHONY: check format clean bench compare
+.PHONY: check format clean bench bench-trl compare
 
 setup: $(STAMP)
 
@@ -52,13 +53,21 @@ test-kills: setup
 test-deepspeed: setup
 	$(BIN)/python -m pytest -m deepspeed $(ARGS)
 
-# How fast everything is, half an hour on two idle cores: benchmarks/README.md says how
+# How fast everything is, an hour on two idle cores: benchmarks/README.md says how
 # to read it. ARGS="--quick" only shows that it runs; BENCHMARKS="rollout sync" takes some.
-BENCHMARKS ?= rollout training_step overlap scoring resume sync scheduler scale rewards
+BENCHMARKS ?= rollout training_step overlap scoring resume sync scheduler scale rewards end_to_end
 bench: setup
 	set -e; for name in $(BENCHMARKS); do \
 		$(BIN)/python benchmarks/$$name.py --output runs/bench $(ARGS); \
 	done
+
+# End to end beside TRL, which gets an environment of its own; `make bench` then has it, too.
+bench-trl: setup $(TRL)/.installed
+	$(BIN)/python benchmarks/end_to_end.py --output runs/bench $(ARGS)
+
+$(TRL)/.installed: pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) VENV=$(TRL) EXTRAS=cpu MORE='trl==1.16.*' bash scripts/setup.sh
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .
@@ -70,4 +79,4 @@ format: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .cache runs
+	rm -rf $(VENV) $(TRL) .cache runs

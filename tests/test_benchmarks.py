@@ -263,12 +263,97 @@ def test_rewards_are_timed_in_every_pattern(tmp_path: Path) -> None:
     assert median(tables, "ms of a call", "judged, burst") > 20
 
 
+def test_training_end_to_end_is_timed_and_evaluated_on_the_quickstart(tmp_path: Path) -> None:
+    tables = quick("end_to_end", tmp_path, "--simulated", "--ways", "staged kept")
+    assert median(tables, "trained tokens/s", "staged kept") > 0
+    assert list(tables)[-1] == "held-out reward after equal trained tokens"
+
+
+@pytest.mark.engines
+def test_training_end_to_end_on_the_real_engine(tmp_path: Path) -> None:
+    rates = quick("end_to_end", tmp_path, "--ways", "sync")["trained tokens/s"]
+    assert rates["sync"]["ratio"] == 1
+
+
 def test_unbiasedness_draws_its_figure(tmp_path: Path) -> None:
     figure = tmp_path / "figure.svg"
     command = [sys.executable, "benchmarks/unbiasedness.py", "--quick", "--output", str(figure)]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert "token ratio, clipped: nearer than none" in done.stdout
     assert "<svg" in figure.read_text()
+
+
+# ---------------------------------------------------------------- end to end, and TRL
+
+
+def logged(file: Path, tokens_per_s: float, rewards: list[float]) -> Path:
+    """What `copris fit` logs: a slow batch, then one a second, and a row for each evaluation."""
+    columns = ["time/cycle_s", "train/tokens_per_s", "val/sums/avg_at_k"]
+    lines = [",".join(columns)]
+    for reward in rewards:
+        lines += [f"1.0,{tokens_per_s},", f"1.0,{tokens_per_s},", f",,{reward}"]
+    lines[1] = f"4.0,{tokens_per_s / 4},"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.mark.usefixtures("shared")
+def test_rewards_are_compared_after_as_many_trained_tokens(tmp_path: Path) -> None:
+    benchmark = importlib.import_module("end_to_end")
+    slow = benchmark.Run.read(logged(tmp_path / "slow.csv", 100, [0.1, 0.5]))
+    fast = benchmark.Run.read(logged(tmp_path / "fast.csv", 150, [0.2, 0.8]))
+    assert slow.rate(skip=1) == 100
+    assert slow.held_out == {2: 0.1, 4: 0.5}
+    rates, trl, first, last, equal = benchmark.tables({"sync": [slow], "TRL": [fast]}, 1)
+    assert rates.ratios("TRL") == [1.5]
+    assert trl.baseline == "TRL"
+    assert (first.values["TRL"], last.values["TRL"]) == ([0.2], [0.8])
+    # The slower trained 400 tokens; the faster was evaluated after 300 and 600.
+    assert equal.values["sync"] == [0.5]
+    assert equal.values["TRL"] == [pytest.approx(0.4)]
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path, shared: None) -> list[str]:
+    from copris_lightning.quickstart.warm_start import tiny_model
+
+    model = tiny_model(tmp_path / "tiny")
+    simulated = importlib.import_module("end_to_end").SIMULATED
+    engine = json.dumps(simulated["data.init_args.engine"])
+    return [
+        f"--config={ROOT}/configs/quickstart.yaml",
+        f"--model.init_args.model={model}",
+        f"--data.init_args.engine={engine}",
+    ]
+
+
+def test_trl_is_told_what_the_config_says(quickstart: list[str]) -> None:
+    peer = importlib.import_module("trl_peer")
+    changes = ["--data.init_args.batch.group_size=4", "--seed_everything=7"]
+    cli = peer.read_config([*quickstart, *changes, "--trainer.max_steps=3"])
+    told = peer.grpo_arguments(cli, passes=2)
+    settings, loss = cli.datamodule.settings, cli.model.estimator.loss
+    trajectories = settings.batch.groups * 4
+    assert (told["seed"], told["max_steps"], told["num_generations"]) == (7, 3, 4)
+    assert told["per_device_train_batch_size"] * 2 == trajectories
+    assert told["max_completion_length"] == settings.task.sampling.max_new_tokens
+    assert (told["epsilon"], told["epsilon_high"]) == (loss.clip_low, loss.clip_high)
+    assert (told["loss_type"], told["scale_rewards"]) == ("dapo", "group")
+
+    task = peer.TextTask(cli.model.model, settings)
+    row, *_ = task.rows(2)
+    prompt = settings.task.prompts[row["index"]]
+    assert row["prompt"] == prompt.text
+    # The end of a response is not the reward's to see.
+    response = [*task.tokenizer.encode("no sum"), task.tokenizer.eos_token_id]
+    assert task.rewards([response], [prompt]) == [settings.task.scoring.reward("no sum", prompt)]
+
+
+def test_a_config_that_trl_would_train_otherwise_is_refused(quickstart: list[str]) -> None:
+    peer = importlib.import_module("trl_peer")
+    cli = peer.read_config([*quickstart, "--data.init_args.batch.updates=2"])
+    with pytest.raises(ValueError, match=r"data\.batch\.updates"):
+        peer.grpo_arguments(cli, passes=1)
 
 
 # ---------------------------------------------------------------- what they share
