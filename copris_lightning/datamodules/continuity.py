@@ -21,7 +21,7 @@ from copris_lightning.datamodules.settings import RolloutSettings
 from copris_lightning.engines.engine import Decoding
 from copris_lightning.errors import ConfigurationError
 
-LAYOUT = 4
+LAYOUT = 5
 """Of the rollout's state in a checkpoint; another one is refused."""
 
 
@@ -53,7 +53,7 @@ class Continuity:
     def new_buffer(self) -> CarryOverBuffer:
         """An empty buffer for this run."""
         return CarryOverBuffer(
-            limit=self.settings.flow.cap,
+            limit=self.settings.flow.bounds.most,
             group_size=self.settings.batch.group_size,
             batch_groups=self.settings.batch.groups,
             max_new_tokens=self.settings.task.sampling.max_new_tokens,
