@@ -47,7 +47,7 @@ test-deepspeed: setup
 
 # How fast everything is, half an hour on two idle cores: benchmarks/README.md says how
 # to read it. ARGS="--quick" only shows that it runs; BENCHMARKS="rollout sync" takes some.
-BENCHMARKS ?= rollout training_step scoring resume sync scheduler scale rewards
+BENCHMARKS ?= rollout cap training_step scoring resume sync scheduler scale rewards
 bench: setup
 	set -e; for name in $(BENCHMARKS); do \
 		$(BIN)/python benchmarks/$$name.py --output runs/bench $(ARGS); \
