@@ -55,7 +55,7 @@ test-deepspeed: setup
 
 # How fast everything is, an hour on two idle cores: benchmarks/README.md says how
 # to read it. ARGS="--quick" only shows that it runs; BENCHMARKS="rollout sync" takes some.
-BENCHMARKS ?= rollout training_step overlap scoring resume sync scheduler scale rewards end_to_end
+BENCHMARKS ?= rollout cap training_step overlap scoring resume sync scheduler scale rewards end_to_end
 bench: setup
 	set -e; for name in $(BENCHMARKS); do \
 		$(BIN)/python benchmarks/$$name.py --output runs/bench $(ARGS); \

@@ -32,6 +32,7 @@ from torch import Tensor
 from workload import PROMPT_TOKENS, Lengths, Prompts, ReplayedSimulation, ReplayedVLLM
 
 from copris_lightning.core.buffer import CarryOverBuffer
+from copris_lightning.core.cap import Cap
 from copris_lightning.core.trajectory import PromptGroup
 from copris_lightning.engines.engine import Decoding, EngineSpec
 from copris_lightning.engines.simulated_tokens import StepTime
@@ -97,8 +98,7 @@ class Bench:
         self.engine = self._new_engine()
         self.engine.length_of = lengths
         self._loop = LoopThread(self.engine.new_event_loop)
-        spec = EngineSpec(save(model, folder), max(options.caps), context, VOCAB)
-        self.run(self.engine.start(spec))
+        self.run(self.engine.start(self._spec(save(model, folder), context)))
         self._transport = self.engine.transport(0, self.run)
 
     def _new_engine(self) -> Any:
@@ -112,6 +112,9 @@ class Bench:
             "stream_interval": self.options.stream_interval,
         }
         return ReplayedVLLM(arguments)
+
+    def _spec(self, model: str, context: int) -> EngineSpec:
+        return EngineSpec(model, max(self.options.caps), context, VOCAB)
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """On the engine's loop."""
@@ -151,18 +154,22 @@ class Lane:
         bench: the engine.
         way: how.
         cap: trajectories in flight.
+
+    Attributes:
+        limit: of them, after the last turn.
     """
 
-    def __init__(self, bench: Bench, way: Way, cap: int) -> None:
+    def __init__(self, bench: Bench, way: Way, cap: Cap | int) -> None:
         self._bench = bench
         self._way = way
-        self._cap = cap
+        self._cap = Cap(cap, cap) if isinstance(cap, int) else cap
+        self.limit = float(self._cap.least)
         self._groups = bench.options.trajectories // GROUP_SIZE
         self._generated = 0
         self._completed: list[tuple[float, int, int]] = []
         self._goal: tuple[int, asyncio.Event] | None = None
         self._buffer = CarryOverBuffer(
-            limit=cap,
+            limit=self._cap.most,
             group_size=GROUP_SIZE,
             batch_groups=self._groups if way.has_stages else NEVER,
             max_new_tokens=bench.options.limit,
@@ -176,6 +183,7 @@ class Lane:
         """Roll out ``settle`` batches, and then those that are measured."""
         bench, way = self._bench, self._way
         shared = SharedEngine(bench.engine, self._cap, **way.flow)
+        shared.places.restore(self.limit)
         scheduler = RolloutScheduler(shared, self._buffer, self._task, self._observe)
         bench.swap(shared)
         measure = self._stages if way.has_stages else self._one_stage
@@ -184,6 +192,7 @@ class Lane:
         finally:
             bench.run(shared.hold())
             bench.run(scheduler.close())
+            self.limit = shared.places.limit()
 
     def _stages(
         self, shared: SharedEngine, scheduler: RolloutScheduler, settle: int, batches: int

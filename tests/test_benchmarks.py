@@ -192,6 +192,23 @@ def test_a_rollout_on_the_real_engine(tmp_path: Path) -> None:
     check_rollout(quick("rollout", tmp_path))
 
 
+def check_caps(tables: dict[str, dict[str, Any]]) -> None:
+    assert list(tables["generated tokens/s"]) == ["cap 4", "cap 16", "auto"]
+    assert tables["generated tokens/s"]["cap 16"]["ratio"] == 1
+    assert median(tables, "preemptions", "cap 4") < median(tables, "preemptions", "cap 16")
+    assert median(tables, "limit", "cap 16") == 16
+    assert 2 < median(tables, "limit", "auto") < 16
+
+
+def test_caps_are_compared_on_a_small_cache_on_virtual_time(tmp_path: Path) -> None:
+    check_caps(quick("cap", tmp_path, "--simulated"))
+
+
+@pytest.mark.engines
+def test_caps_are_compared_on_a_small_cache_of_the_real_engine(tmp_path: Path) -> None:
+    check_caps(quick("cap", tmp_path))
+
+
 @pytest.mark.engines
 def test_a_sync_is_timed_beside_a_copy_and_step_by_step(tmp_path: Path) -> None:
     tables = quick("sync", tmp_path)

@@ -154,6 +154,7 @@ def test_every_overlay_changes_what_it_says_and_nothing_else(
     changed = instantiate("--config", QUICKSTART, "--config", str(overlay), *base[2:])
     changed = changed.config.as_dict()
     differences = {
+        "auto_cap": [("data", "init_args", "flow", "cap", {"least": 16, "most": 256})],
         "sync": [("data", "init_args", "flow", "max_staleness", 0)],
         "kept": [("data", "init_args", "flow", "kv", "kept")],
         "streaming": [

@@ -13,8 +13,10 @@ from simulated_fits import build, ledger
 from two_ranks import outcomes, run
 
 from copris_lightning import Evaluation
+from copris_lightning.core.cap import Cap
 from copris_lightning.core.estimator.corrections import Truncation
 from copris_lightning.datamodules.settings import Flow
+from copris_lightning.engines.simulated_tokens import KVCache
 from copris_lightning.errors import ConfigurationError
 
 SAME = ("batch", "prompt_id", "sample", "segments", "response", "reward", "advantage")
@@ -29,6 +31,31 @@ def fit(checkpoint: Path, directory: Path, flow: dict[str, Any], **options: Any)
     datamodule.engine.training_s = 0.1
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
     return trainer, log
+
+
+def test_a_run_whose_cap_follows_the_kv_cache_goes_on_the_same(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    def run(name: str, cut: Path | None = None) -> tuple[list[dict[str, Any]], float]:
+        keep = ModelCheckpoint(
+            tmp_path, filename=name + "-{step}", every_n_train_steps=3, save_top_k=-1
+        )
+        options = {"max_steps": 8, "enable_checkpointing": True, "callbacks": [keep]}
+        trainer, module, datamodule, _ = build(
+            tiny_checkpoint,
+            tmp_path / name,
+            data={"cap": Cap(4, 24)},
+            kv_cache=KVCache(160, prefix_s=1e-3),
+            **options,
+        )
+        trainer.fit(module, datamodule=datamodule, ckpt_path=cut)
+        return records(tmp_path / name), trainer.callback_metrics["rollout/cap"].item()
+
+    whole, cap = run("whole")
+    rest, same = run("cut", tmp_path / "whole-step=3.ckpt")
+    assert rest
+    assert rest == whole[-len(rest) :]
+    assert 4 < cap == same < 24
 
 
 def records(directory: Path) -> list[dict[str, Any]]:

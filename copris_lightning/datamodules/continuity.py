@@ -54,7 +54,7 @@ class Continuity:
     def new_buffer(self) -> CarryOverBuffer:
         """An empty buffer for this run."""
         return CarryOverBuffer(
-            limit=self.settings.flow.cap,
+            limit=self.settings.flow.bounds.most,
             group_size=self.settings.batch.group_size,
             batch_groups=self.settings.batch.groups,
             max_new_tokens=self.settings.task.sampling.max_new_tokens,

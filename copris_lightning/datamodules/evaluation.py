@@ -56,7 +56,7 @@ def _scheduler(session: RolloutSession, run: Preparation, name: str) -> RolloutS
     stream.load_state_dict({"taken": 0})
     return session.new_scheduler(
         CarryOverBuffer(
-            limit=settings.flow.cap,
+            limit=settings.flow.bounds.most,
             group_size=settings.evaluations[name].samples,
             batch_groups=settings.batch.groups,
             max_new_tokens=sampling.max_new_tokens,

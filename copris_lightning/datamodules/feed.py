@@ -187,7 +187,7 @@ class Feed:
             index=self.batch.index + 1,
             version=scheduler.buffer.version,
             groups=tuple(groups),
-            figures=stage_figures(stats, scheduler.buffer.limit),
+            figures=stage_figures(stats),
         )
 
     def _check_synced(self, version: int) -> None:
@@ -295,6 +295,7 @@ class Feed:
         """On rank 0, each rank's batch: divided, if the checkpoint was taken within it."""
         assert self.scheduler is not None
         self.scheduler.buffer.load_state_dict(state["buffer"])
+        self.scheduler.shared.places.restore(state["places"])
         if not self._run.asks_logprobs:
             for trajectory in self.scheduler.buffer.trajectories():
                 trajectory.logprobs.pop("engine", None)  # its next tokens come without

@@ -9,13 +9,14 @@ from copris_lightning.datamodules.credit import mean_reward
 from copris_lightning.rollout.figures import StageStats
 
 
-def stage_figures(stats: StageStats, cap: int) -> dict[str, float]:
-    """Of the stage that the batch was taken in, under a cap."""
+def stage_figures(stats: StageStats) -> dict[str, float]:
+    """Of the stage that the batch was taken in."""
     return {
         "rollout/stage_s": stats.seconds,
         "rollout/tokens_per_s": stats.tokens / max(stats.seconds, 1e-9),
         "rollout/in_flight": stats.in_flight_mean,
-        "rollout/occupancy": stats.in_flight_mean / cap,
+        "rollout/cap": stats.cap_mean,
+        "rollout/occupancy": stats.in_flight_mean / stats.cap_mean,
         "rollout/carried_over": float(stats.carried_over),
         "rollout/ready_groups": float(stats.ready_groups),
         "rollout/dropped_groups": float(stats.dropped_groups),

@@ -117,7 +117,7 @@ def prepare(settings: RolloutSettings, model: str, trainer: Any, stage: str) -> 
         settings=settings,
         spec=EngineSpec(
             model=model,
-            max_num_seqs=settings.flow.cap,
+            max_num_seqs=settings.flow.bounds.most,
             # One more than is ever trained on, so that the parity probe can score the longest.
             max_model_len=min(settings.max_sequence_tokens + 1, context),
             vocab_size=vocabulary,
@@ -126,6 +126,7 @@ def prepare(settings: RolloutSettings, model: str, trainer: Any, stage: str) -> 
             trust_remote_code=trusted,
             keeps=settings.flow.keeps,
             streams=settings.flow.streams,
+            min_num_seqs=settings.flow.bounds.least,
         ),
         shape=BatchShape(
             world_size=trainer.world_size,

@@ -13,6 +13,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from copris_lightning.core.cap import Cap
 from copris_lightning.core.estimator.advantage import grpo
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.trajectory import LogprobSource
@@ -65,7 +66,8 @@ class Flow:
             generates meanwhile, and new weights come in flight.
         kv: what a sync does to trajectories in flight: ``fresh`` (the paper's) computes their keys
             and values again with the new weights; ``kept`` goes on with those that there are.
-        cap: trajectories in flight, N'.
+        cap: trajectories in flight, N': a number; bounds ``{least: 16, most: 256}`` between which
+            it follows how full the engine's KV cache is; or ``auto``, which is these.
         max_staleness: largest lag of a trained token in policy versions; ``null`` for no bound,
             0 for synchronous RL without carry-over. In streaming it also is what keeps the engine
             from running ahead of the trainer.
@@ -76,18 +78,22 @@ class Flow:
 
     mode: Literal["staged", "streaming"] = "staged"
     kv: Literal["fresh", "kept"] = "fresh"
-    cap: int = 64
+    cap: int | Literal["auto"] | Cap = 64
     max_staleness: int | None = None
     behavior_logprobs: Literal["auto"] | LogprobSource = "auto"
 
     def __post_init__(self) -> None:
         _one_of("mode", self.mode, ("staged", "streaming"))
         _one_of("kv", self.kv, ("fresh", "kept"))
-        _at_least(1, cap=self.cap)
+        if isinstance(self.cap, str):
+            _one_of("cap", self.cap, ("auto",))
+        elif not isinstance(self.cap, Cap):
+            _at_least(1, cap=self.cap)
         if self.max_staleness is not None:
             _at_least(0, max_staleness=self.max_staleness)
         _one_of("behavior_logprobs", self.behavior_logprobs, ("auto", "trainer", "engine"))
-        _check_memory(f"cap={self.cap}", self.cap)
+        name = "cap.most" if isinstance(self.cap, Cap) else "cap"
+        _check_memory(f"{name}={self.bounds.most}", self.bounds.most)
         if self.streams and self.max_staleness is None:
             raise ConfigurationError(
                 "mode=streaming needs max_staleness, a bound on how far generation runs ahead of "
@@ -100,6 +106,13 @@ class Flow:
                 f"behavior_logprobs=trainer with {setting}: tokens are made with {why}, and "
                 "the trainer cannot compute their log-probs; set it to auto or engine"
             )
+
+    @property
+    def bounds(self) -> Cap:
+        """Of the trajectories in flight."""
+        if isinstance(self.cap, int):
+            return Cap(self.cap, self.cap)
+        return self.cap if isinstance(self.cap, Cap) else Cap()
 
     @property
     def streams(self) -> bool:

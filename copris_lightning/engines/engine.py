@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from copris_lightning.core.cap import Cap, Load
 from copris_lightning.core.sampling import Sampling
 from copris_lightning.core.segments import Span
 from copris_lightning.weights.adapter import AdapterShape
@@ -76,29 +77,12 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """How busy an engine is.
-
-    Attributes:
-        running: requests that it is generating.
-        waiting: requests that it has no room for yet.
-        kv_usage: share of the KV cache in use, from 0 to 1; ``None`` if it does not tell.
-        preemptions: requests put back for want of room, since it started.
-    """
-
-    running: int
-    waiting: int
-    kv_usage: float | None = None
-    preemptions: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class EngineSpec:
     """What the run needs from the engine, known before it boots.
 
     Attributes:
         model: path or hub name of the checkpoint, as for ``from_pretrained``.
-        max_num_seqs: how many requests will be in flight.
+        max_num_seqs: how many requests will be in flight at most.
         max_model_len: longest prompt plus response, in tokens.
         vocab_size: tokens that the tokenizer knows and the model has an embedding for.
         seed: of the engine's sampling.
@@ -106,6 +90,8 @@ class EngineSpec:
         trust_remote_code: whether to run code that the checkpoint brings along.
         keeps: whether it will be held with its requests.
         streams: whether it is to generate while the trainer trains.
+        min_num_seqs: how many will be in flight at least, by how full its KV cache is: then it has
+            to tell that (:meth:`Engine.load`). By default the number is fixed.
     """
 
     model: str
@@ -117,6 +103,13 @@ class EngineSpec:
     trust_remote_code: bool = False
     keeps: bool = False
     streams: bool = False
+    min_num_seqs: int | None = None
+
+    @property
+    def cap(self) -> Cap:
+        """How many requests may be in flight."""
+        least = self.max_num_seqs if self.min_num_seqs is None else self.min_num_seqs
+        return Cap(least, self.max_num_seqs)
 
 
 @runtime_checkable
@@ -179,7 +172,7 @@ class Engine(Protocol):
         ...
 
     def load(self) -> Load | None:
-        """How busy it is; ``None`` if it does not tell."""
+        """How busy it is, now or lately; ``None`` if it does not tell."""
         ...
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:

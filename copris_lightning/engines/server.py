@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from copris_lightning.core.cap import Load
 from copris_lightning.core.segments import Span
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest, Load
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
 from copris_lightning.engines.gate import Gate
 from copris_lightning.engines.server_client import VLLMServer
 from copris_lightning.engines.server_fleet import Fleet, all_of
@@ -93,6 +94,11 @@ class VLLMServerEngine:
         """
         if spec.adapter is not None:
             raise ConfigurationError("servers take whole weights only; set lora.sync=merge")
+        if not spec.cap.is_fixed:
+            raise ConfigurationError(
+                f"flow.cap={spec.cap} follows how full the KV cache is, which servers do not tell "
+                "with their responses; set flow.cap to a number"
+            )
         if not self.urls:
             raise ConfigurationError("urls=[] names no server")
         for url in self.urls:

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from copris_lightning.engines.engine import EngineSpec, Load
+from copris_lightning.core.cap import Load
+from copris_lightning.engines.engine import EngineSpec
 from copris_lightning.engines.server_client import ServerFacts, VLLMServer
 from copris_lightning.engines.server_http import LostError, RefusedError, ServerHTTP, Timeouts
 from copris_lightning.errors import ConfigurationError, EngineError

@@ -13,16 +13,13 @@ import math
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
+from copris_lightning.core.cap import Load
 from copris_lightning.core.segments import Span
-from copris_lightning.engines.engine import (
-    Chunk,
-    Ending,
-    EngineSpec,
-    GenerationRequest,
-    Load,
-)
+from copris_lightning.engines.engine import Chunk, Ending, EngineSpec, GenerationRequest
+from copris_lightning.engines.simulated_slots import Slots
 from copris_lightning.engines.simulated_tokens import (
     Faults,
+    KVCache,
     LengthModel,
     StepTime,
     absorb,
@@ -61,6 +58,11 @@ class _Active:
     ended: bool = False
     chunks: asyncio.Queue[Chunk | EngineError] = field(default_factory=asyncio.Queue)
 
+    @property
+    def length(self) -> int:
+        """Its prompt and response so far, in tokens."""
+        return len(self.request.token_ids) + self.made
+
     def add(self, token: int, logprob: float, version: int, kv_version: int) -> None:
         """A token was made."""
         if not self.unread:
@@ -95,6 +97,7 @@ class SimulatedEngine:
         stream_interval: tokens to a chunk; a stream's first chunks, its last and what a hold ends
             may have fewer.
         training_s: virtual seconds that the trainer takes for a batch.
+        kv_cache: what there is room for; by default for all that is in flight.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class SimulatedEngine:
         faults: Faults | None = None,
         stream_interval: int = 1,
         training_s: float = 0.0,
+        kv_cache: KVCache | None = None,
     ) -> None:
         if not 0 <= training_s < math.inf:
             raise ConfigurationError(f"training_s={training_s} must be a number from 0 on")
@@ -118,9 +122,9 @@ class SimulatedEngine:
         self.is_held = True
         self._version = 0
         self._spec: EngineSpec | None = None
+        self._slots = Slots(1, kv_cache)
         self._active: dict[str, _Active] = {}
         self._steps: asyncio.Task[None] | None = None
-        self._dead = False
 
     @property
     def version(self) -> int:
@@ -135,16 +139,23 @@ class SimulatedEngine:
         """Refuse what cannot be simulated.
 
         Raises:
-            ConfigurationError: fewer than two tokens to draw from.
+            ConfigurationError: fewer than two tokens to draw from, or a cap that follows the load
+                of an engine that has none.
         """
         if spec.vocab_size < 2:
             raise ConfigurationError(f"the tokenizer knows {spec.vocab_size} tokens: at least 2")
+        if self._slots.cache is None and not spec.cap.is_fixed:
+            raise ConfigurationError(
+                f"flow.cap={spec.cap} follows how full the KV cache is, and this engine has room "
+                "for all: set engine.kv_cache, or flow.cap to a number"
+            )
 
     async def start(self, spec: EngineSpec) -> None:
         """Takes no time."""
         self.validate(spec)
         self._spec = spec
-        self._active, self._steps, self._dead = {}, None, False
+        self._slots = Slots(spec.max_num_seqs, self._slots.cache)
+        self._active, self._steps = {}, None
         self.is_held, self._version = True, 0
 
     async def stream(self, request: GenerationRequest) -> AsyncGenerator[Chunk, None]:
@@ -198,10 +209,7 @@ class SimulatedEngine:
 
     def load(self) -> Load | None:
         """Requests in slots and beyond them."""
-        slots = self._spec.max_num_seqs if self._spec else 0
-        going = len(self._going())
-        running = min(slots, going)
-        return Load(running, going - running)
+        return self._slots.load(len(self._going()))
 
     async def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]] | None:
         """``None``: there is no model to ask."""
@@ -218,13 +226,13 @@ class SimulatedEngine:
 
     def kill(self) -> None:
         """There is no process to end."""
-        self._dead = True
+        self._spec = None
 
     def _going(self) -> list[_Active]:
         return [active for active in self._active.values() if not active.ended]
 
     def _check_running(self) -> None:
-        if self._spec is None or self._dead:
+        if self._spec is None:
             raise EngineError("the simulated engine is not running")
 
     def _go_on(self) -> None:
@@ -237,22 +245,20 @@ class SimulatedEngine:
             await asyncio.wait([self._steps])
 
     async def _run(self) -> None:
-        assert self._spec is not None
+        spec = self._spec
+        assert spec is not None
         while self._active:
-            batch = list(self._active.values())[: self._spec.max_num_seqs]
-            for active in batch:
-                if active.kv_version is None:
-                    active.kv_version = self._version
-            await asyncio.sleep(self.step_time(len(batch)))
+            batch, prefix_s = self._slots.fill(list(self._active.values()), self._version)
+            await asyncio.sleep(self.step_time(len(batch)) + prefix_s)
             for active in batch:
                 if self._active.get(active.request.request_id) is active:
-                    self._step(active, self._spec.vocab_size)
-            if self._dead:
+                    self._step(active, spec.vocab_size)
+            if self._spec is None:
                 return
 
     def _step(self, active: _Active, vocab_size: int) -> None:
         if self.tokens_made == self.faults.die_after_tokens:
-            self._dead = True
+            self._spec = None
             for other in self._active.values():
                 other.chunks.put_nowait(EngineError("the simulated engine died, as told to"))
             return

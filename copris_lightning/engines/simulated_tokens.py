@@ -53,6 +53,27 @@ class StepTime:
 
 
 @dataclass(frozen=True, slots=True)
+class KVCache:
+    """Room for keys and values. Where it is full, who came last is put back, and has them computed
+    again before it goes on.
+
+    Attributes:
+        tokens: prompts and responses that it holds.
+        prefix_s: virtual seconds that a token takes whose keys and values are computed without
+            making one: of a prompt, or of a response that goes on.
+    """
+
+    tokens: int
+    prefix_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1:
+            raise ConfigurationError(f"tokens={self.tokens} must be at least 1")
+        if not 0 <= self.prefix_s < math.inf:
+            raise ConfigurationError(f"prefix_s={self.prefix_s} must be at least 0")
+
+
+@dataclass(frozen=True, slots=True)
 class Faults:
     """How the engine misbehaves; rates are per token, drawn from the seed.
 

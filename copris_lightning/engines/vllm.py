@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
-from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest, Load
+from copris_lightning.core.cap import Load
+from copris_lightning.engines.engine import Chunk, EngineSpec, GenerationRequest
 from copris_lightning.engines.vllm_arguments import (
     adapter_arguments,
     check_adapter,
@@ -183,7 +184,9 @@ class VLLMEngine(VLLMReceiver):
             arguments["weight_transfer_config"] = {"backend": self.backend}
         self.holds, self._adapter = VLLMHolds(self._processes, self.sleep_level), None
         try:
-            self._llm = await self._processes.boot(arguments, self.environment)
+            self._llm = await self._processes.boot(
+                arguments, self.environment, tells_load=not spec.cap.is_fixed
+            )
         except BaseException:
             await self.close()
             raise
@@ -256,10 +259,13 @@ class VLLMEngine(VLLMReceiver):
             return await asyncio.gather(*map(one, sequences))
 
     def load(self) -> Load | None:
-        """Counted here: vLLM's own statistics cost time for every token."""
+        """Counted here, unless the cap follows it: vLLM's own statistics cost time for every
+        token."""
         if self._llm is None:
             return None
         inside = self._llm.get_num_unfinished_requests()
+        if self._processes.kv is not None:
+            return self._processes.kv.load(inside)
         running = min(inside, self._llm.scheduler_config.max_num_seqs)
         return Load(running, inside - running)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from copris_lightning.engines.last_words import logging_config, read_cause
 from copris_lightning.engines.owner import OWNER_VARIABLE, owner
+from copris_lightning.engines.vllm_load import KVWatch
 from copris_lightning.engines.watchdog import Deadlines, SilenceWatch, Watchdog, obituary
 from copris_lightning.errors import EngineError
 
@@ -69,6 +70,7 @@ class VLLMProcesses:
     Attributes:
         silence: is told of each request and of all that the engine sends; an engine that hangs
             while it has some is killed.
+        kv: how full the KV cache is, where that was asked for.
     """
 
     def __init__(self, deadlines: Deadlines, hand_over: str) -> None:
@@ -80,23 +82,30 @@ class VLLMProcesses:
         self._workers: list[psutil.Process] = []
         self._watchdog: Watchdog | None = None
         self._stalled = ""
+        self.kv: KVWatch | None = None
         self.silence = SilenceWatch(deadlines.stall_s, self._end_stalled)
 
     # -- start -----------------------------------------------------------------------------
 
     async def boot(
-        self, arguments: Mapping[str, Any], environment: Mapping[str, str | None]
+        self,
+        arguments: Mapping[str, Any],
+        environment: Mapping[str, str | None],
+        *,
+        tells_load: bool = False,
     ) -> AsyncLLM:
         """Start vLLM; the loop goes on meanwhile.
 
         Args:
             arguments: of ``AsyncEngineArgs``.
             environment: variables for the processes; ``None`` unsets one.
+            tells_load: have ``kv`` know how full the KV cache is.
 
         Raises:
             EngineError: it did not start (in time); says why.
         """
         self._stalled = ""
+        self.kv = KVWatch() if tells_load else None
         # Removed with the weights' own directories by the workers, if this process is killed.
         parent, prefix = os.path.split(self._hand_over)
         self._directory = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
@@ -119,6 +128,7 @@ class VLLMProcesses:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         booting: Future[AsyncLLM] = Future()
+        watches = None if self.kv is None else [self.kv]
         before = set(multiprocessing.active_children())
         variables = {**self._sockets(), **environment, OWNER_VARIABLE: owner(self._hand_over)}
 
@@ -126,7 +136,10 @@ class VLLMProcesses:
             booting.set_running_or_notify_cancel()
             try:
                 with _environment(variables), _environment(self._logging_variables()):
-                    booting.set_result(AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments)))
+                    llm = AsyncLLM.from_engine_args(
+                        AsyncEngineArgs(**arguments), stat_loggers=watches
+                    )
+                booting.set_result(llm)
             except BaseException as error:  # noqa: BLE001 - handed to whoever awaits the boot
                 booting.set_exception(error)
 

@@ -53,6 +53,7 @@ class StageStats:
         ready_groups: complete groups left for the next batch.
         dropped_groups: complete groups that were not accepted, since the stage before ended.
         in_flight_mean: time average of trajectories in flight.
+        cap_mean: time average of how many there might be.
         dropped_tokens: of ``tokens``, those that came after the end of a stop string.
         balance: of all tokens since the scheduler began.
     """
@@ -64,6 +65,7 @@ class StageStats:
     ready_groups: int
     dropped_groups: int
     in_flight_mean: float
+    cap_mean: float
     dropped_tokens: int = 0
     balance: TokenBalance = field(default_factory=TokenBalance)
 
@@ -79,7 +81,7 @@ class Figures:
         self._buffer = buffer
         self._start = self._last = self._end = 0.0
         self._in_flight = 0
-        self._area = 0.0
+        self._area = self._places = 0.0
         self._restored: int | None = None
         self._total: Counter[str] = Counter()
         self._before: Counter[str] = Counter()
@@ -92,11 +94,12 @@ class Figures:
         # Groups that were dropped between two stages count for the later one.
         self._before = Counter({**self._total, "groups": self._before["groups"]})
         self._start = self._last = self._end = now
-        self._in_flight, self._area = in_flight, 0.0
+        self._in_flight, self._area, self._places = in_flight, 0.0, 0.0
 
     def observe(self, now: float, in_flight: int) -> None:
         """So many trajectories are in flight from ``now`` on."""
         self._area += self._in_flight * (now - self._last)
+        self._places += self._buffer.limit * (now - self._last)
         self._last, self._in_flight = now, in_flight
 
     def end(self, now: float) -> None:
@@ -124,8 +127,8 @@ class Figures:
         self._total["delivered"] += tokens
         self._total["after_stop_string"] = self._dropped["after_stop_string"]
         stage, self._before = self._total - self._before, self._total.copy()
-        seconds, area = self._end - self._start, self._area
-        self._start, self._area = self._end, 0.0  # for those who stream
+        seconds, area, places = self._end - self._start, self._area, self._places
+        self._start, self._area, self._places = self._end, 0.0, 0.0  # for those who stream
         return StageStats(
             seconds=seconds,
             tokens=stage["tokens"],
@@ -134,6 +137,7 @@ class Figures:
             ready_groups=self._buffer.ready_groups,
             dropped_groups=stage["groups"],
             in_flight_mean=area / seconds if seconds > 0 else 0.0,
+            cap_mean=places / seconds if seconds > 0 else float(self._buffer.limit),
             dropped_tokens=stage["after_stop_string"],
             balance=self.balance(),
         )

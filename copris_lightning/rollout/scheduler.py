@@ -136,14 +136,15 @@ class RolloutScheduler:
         await self.shared.leave(self)
 
     async def snapshot(self) -> dict[str, Any]:
-        """The buffer and the place in the prompts, as plain values and tensors.
+        """The buffer, the place in the prompts and the limit, as plain values and tensors.
 
         Streams that are open end first: what a run goes on from holds every token that was made,
         each with its label, and whoever saved it goes on from there as well.
         """
         with suppress(EngineError):  # what was received is there
             await self.shared.end_streams()
-        state = {"buffer": self.buffer.state_dict(), "prompts": self.task.prompts.state_dict()}
+        state: dict[str, Any] = {"buffer": self.buffer.state_dict()}
+        state |= {"prompts": self.task.prompts.state_dict(), "places": self.shared.places.limit()}
         await self.shared.go_on()
         return state
 
@@ -172,12 +173,12 @@ class RolloutScheduler:
 
     def fill(self) -> None:
         """Start trajectories until the cap is reached or nothing may be started."""
+        self.buffer.limit = self.shared.limit
         while self.wants_work and self.shared.has_room:
-            trajectory = self.buffer.next()
-            if trajectory is not None:
+            if (trajectory := self.buffer.next()) is not None:
                 self._start(trajectory)
                 continue
-            if self.buffer.in_flight >= self.buffer.limit or not self.buffer.may_admit():
+            if not self.buffer.may_admit():
                 return
             queued = self.task.prompts.next()
             if queued is None:
@@ -190,8 +191,7 @@ class RolloutScheduler:
         if key not in self._episodes:
             self._spawn(trajectory)
         self._episodes[key].go_on()
-        length = trajectory.response_length
-        self.figures.resent(length)
+        self.figures.resent(length := trajectory.response_length)
         self._emit("resume" if length else "start", key, length)
 
     def _score_restored(self) -> None:
@@ -253,7 +253,7 @@ class RolloutScheduler:
             self.buffer.finish(key, chunk.ending)
         is_finished = self.buffer.status(key) is Status.FINISHED
         if is_finished:
-            self.shared.fill()
+            self.shared.ended()
         if tokens or chunk.ending != "held":  # most holds find nothing unread
             self._emit("chunk", key, len(chunk.token_ids))
         if is_finished:

@@ -53,9 +53,7 @@ class RolloutSession:
     ) -> None:
         refuse_second_run()
         self.engine = engine
-        self.shared = SharedEngine(
-            engine, spec.max_num_seqs, keeps=spec.keeps, streams=spec.streams
-        )
+        self.shared = SharedEngine(engine, spec.cap, keeps=spec.keeps, streams=spec.streams)
         """The engine as schedulers share it; holds and releases it."""
         self._scorer = scorer
         self.decode = decode

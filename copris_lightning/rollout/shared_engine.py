@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal, Protocol
 
+from copris_lightning.core.cap import Cap
 from copris_lightning.engines.engine import Engine
 from copris_lightning.engines.virtual_time import (
     all_that_takes_no_time,
@@ -21,6 +22,7 @@ from copris_lightning.engines.virtual_time import (
     training,
 )
 from copris_lightning.errors import EngineError
+from copris_lightning.rollout.places import Places
 
 State = Literal["ended", "kept", "runs"]
 """Held, and no stream is open; held with its streams; or not held."""
@@ -69,16 +71,17 @@ class SharedEngine:
 
     Args:
         engine: has started, and is held.
-        cap: number of trajectories that may be in flight, of all schedulers together.
+        cap: number of trajectories that may be in flight, of all schedulers together: a fixed one,
+            or bounds of one that follows the engine's load.
         keeps: whether streams outlive a hold.
         streams: whether it generates between two takes, too.
     """
 
     def __init__(
-        self, engine: Engine, cap: int, *, keeps: bool = False, streams: bool = False
+        self, engine: Engine, cap: Cap | int, *, keeps: bool = False, streams: bool = False
     ) -> None:
         self.engine = engine
-        self.cap = cap
+        self.places = Places(engine, Cap(cap, cap) if isinstance(cap, int) else cap)
         self.keeps = keeps
         self.streams = streams
         self.version = engine.version
@@ -98,7 +101,16 @@ class SharedEngine:
     @property
     def has_room(self) -> bool:
         """Whether one more trajectory may be put in flight."""
-        return self._aim == "runs" and sum(t.in_flight for t in self._tenants) < self.cap
+        return self._aim == "runs" and self._in_flight < self.limit
+
+    @property
+    def limit(self) -> int:
+        """How many trajectories may be in flight now."""
+        return int(self.places.limit(self._alone))
+
+    @property
+    def _in_flight(self) -> int:
+        return sum(tenant.in_flight for tenant in self._tenants)
 
     def join(self, tenant: Tenant) -> None:
         """One more generates on it."""
@@ -107,6 +119,7 @@ class SharedEngine:
     async def leave(self, tenant: Tenant) -> None:
         """It generates no longer; what waited for it goes on."""
         self._tenants = [other for other in self._tenants if other is not tenant]
+        self.places.forget(tenant)
         if self._alone is tenant:
             self._alone = None
             await self.go_on()
@@ -117,6 +130,11 @@ class SharedEngine:
         for tenant in reversed(self._tenants):
             if self._alone in (None, tenant):
                 tenant.fill()
+
+    def ended(self) -> None:
+        """A trajectory has ended: have the limit follow the engine's load, and places filled."""
+        self.places.ended(self._alone, self._in_flight)
+        self.fill()
 
     # -- new weights -----------------------------------------------------------------------
 
@@ -198,7 +216,7 @@ class SharedEngine:
         """
         if self.streams:
             await all_that_takes_no_time()
-        if any(tenant.in_flight for tenant in self._tenants):
+        if self._in_flight:
             await self._stop("ended")
 
     async def _stop(self, aim: State) -> None:
@@ -238,6 +256,7 @@ class SharedEngine:
                 await self.engine.release(self.version, clear_kv=clear_kv)
             self._has_new_weights = False
             self._state = self._aim = "runs"
+            self.places.begin()
             self.fill()
 
 

@@ -10,6 +10,7 @@ from copris_testing import SomePrompts
 from some_rewards import parity
 
 from copris_lightning import BatchSize, Credit, Evaluation, Flow, Sampling, Scoring, Task
+from copris_lightning.core.cap import Cap
 from copris_lightning.datamodules.settings import RolloutSettings
 from copris_lightning.errors import ConfigurationError
 
@@ -37,6 +38,7 @@ def settings(evaluation: Evaluation | None = None) -> RolloutSettings:
     [
         (Flow, "cap", 0, "at least 1"),
         (Flow, "cap", -3, "at least 1"),
+        (Flow, "cap", "most", "must be auto"),
         (Flow, "max_staleness", -1, "at least 0"),
         (Flow, "behavior_logprobs", "trainr", "must be auto or trainer or engine"),
         (BatchSize, "groups", 0, "at least 1"),
@@ -129,3 +131,11 @@ def test_an_evaluation_samples_as_training_unless_it_says_otherwise() -> None:
     own = Sampling(0.5)
     assert settings(Evaluation(SomePrompts(4))).sampling("some") == settings().task.sampling
     assert settings(Evaluation(SomePrompts(4), sampling=own)).sampling("some") == own
+
+
+def test_a_cap_is_a_number_or_bounds() -> None:
+    assert Flow(cap=7).bounds == Cap(7, 7)
+    assert Flow(cap="auto").bounds == Cap()
+    assert Flow(cap=Cap(2, 9)).bounds == Cap(2, 9)
+    with pytest.raises(ConfigurationError, match=r"^cap\.most=1000000000000: .* lower it"):
+        Flow(cap=Cap(1, 10**12))

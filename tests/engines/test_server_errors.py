@@ -104,6 +104,11 @@ def test_a_cap_beyond_the_files_that_may_be_open_is_refused() -> None:
         VLLMServerEngine(["http://a:1"]).validate(EngineSpec("m", 999_999_999, 100, 98))
 
 
+def test_a_cap_that_follows_what_servers_do_not_tell_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"^flow\.cap=\{least: 4, most: 8\} follows"):
+        VLLMServerEngine(["http://a:1"]).validate(EngineSpec("m", 8, 100, 98, min_num_seqs=4))
+
+
 def test_a_cap_beyond_what_the_servers_generate_at_once_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -19,7 +19,7 @@ from copris_lightning import (
     TrajectoryLedger,
     WeightSync,
 )
-from copris_lightning.engines.simulated_tokens import Faults, LengthModel
+from copris_lightning.engines.simulated_tokens import Faults, KVCache, LengthModel
 from copris_lightning.weights.transport import Run, Transport, Weights
 
 
@@ -80,6 +80,7 @@ def build(
     *,
     lr: float = 0.1,
     faults: Faults | None = None,
+    kv_cache: KVCache | None = None,
     callbacks: Sequence[L.Callback] = (),
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
@@ -88,7 +89,8 @@ def build(
     log: list[str] = []
     module = small_module(checkpoint, LoggingModule, **{"lr": lr, **(model or {})})
     module.log_ = log
-    datamodule = small_data(checkpoint, LoggingEngine(log, faults=faults), **(data or {}))
+    engine = LoggingEngine(log, faults=faults, kv_cache=kv_cache)
+    datamodule = small_data(checkpoint, engine, **(data or {}))
     datamodule.observers.append(lambda e: log.append("collect") if e.kind == "deliver" else None)
     options: dict[str, Any] = {
         "accelerator": "cpu",
