@@ -18,8 +18,9 @@ from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any
 
+from copris_lightning.core.cap import Load
 from copris_lightning.engines.apart_link import Link
-from copris_lightning.engines.engine import Chunk, Engine, EngineSpec, GenerationRequest, Load
+from copris_lightning.engines.engine import Chunk, Engine, EngineSpec, GenerationRequest
 from copris_lightning.engines.owner import this_process
 from copris_lightning.errors import EngineError
 from copris_lightning.weights.files import FilesTransport, hand_over_prefix

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from copris_lightning.core.cap import Load
 from copris_lightning.engines.apart_process import BEAT_S, unpacked
 from copris_lightning.engines.channel import Channel
-from copris_lightning.engines.engine import Chunk, GenerationRequest, Load
+from copris_lightning.engines.engine import Chunk, GenerationRequest
 from copris_lightning.engines.owner import OWNER_VARIABLE
 from copris_lightning.engines.watchdog import exit_reason
 from copris_lightning.errors import EngineError

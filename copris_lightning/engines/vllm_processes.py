@@ -11,13 +11,14 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from copris_lightning.engines.environment import exported, sockets
 from copris_lightning.engines.last_words import logging_config, read_cause
 from copris_lightning.engines.owner import OWNER_VARIABLE, owner
 from copris_lightning.engines.vllm_load import KVWatch
@@ -51,10 +52,6 @@ _STREAMS_S = 2.0
 _LAST_WORDS_S = 5.0
 """How long to wait for a dying engine's exit code, where nothing else says what it dies of. Told to
 stop, it takes up to 15 s."""
-
-_SOCKETS = "VLLM_RPC_BASE_PATH"
-_LONGEST_PATH = 65
-"""Of the directory of a socket, in characters: vLLM adds 37, and a path may have 107."""
 
 _log = logging.getLogger(__name__)
 
@@ -130,12 +127,16 @@ class VLLMProcesses:
         booting: Future[AsyncLLM] = Future()
         watches = None if self.kv is None else [self.kv]
         before = set(multiprocessing.active_children())
-        variables = {**self._sockets(), **environment, OWNER_VARIABLE: owner(self._hand_over)}
+        variables = {
+            **sockets(self._directory),
+            **environment,
+            OWNER_VARIABLE: owner(self._hand_over),
+        }
 
         def boot() -> None:
             booting.set_running_or_notify_cancel()
             try:
-                with _environment(variables), _environment(self._logging_variables()):
+                with exported(variables), exported(self._logging_variables()):
                     llm = AsyncLLM.from_engine_args(
                         AsyncEngineArgs(**arguments), stat_loggers=watches
                     )
@@ -150,14 +151,6 @@ class VLLMProcesses:
         self._find_cores = cores
         threading.Thread(target=boot, name="copris-vllm-boot", daemon=True).start()
         return booting
-
-    def _sockets(self) -> dict[str, str]:
-        """Where vLLM makes its sockets, which it leaves behind: in the directory that is removed,
-        unless somebody chose another, or its path is too long for a socket's."""
-        path = str(self._directory)
-        if _SOCKETS in os.environ or len(path) > _LONGEST_PATH:
-            return {}
-        return {_SOCKETS: path}
 
     async def _booted(self, booting: asyncio.Future[AsyncLLM]) -> AsyncLLM:
         """Wait for the boot, its deadline, or the end of a process that vLLM does not notice."""
@@ -335,22 +328,3 @@ def _end(workers: list[psutil.Process]) -> None:
     for worker in psutil.wait_procs(workers, timeout=_ORPHAN_S)[1]:
         with suppress(psutil.NoSuchProcess):
             worker.kill()
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Set variables for the processes started inside; ``None`` unsets."""
-    before = {name: os.environ.get(name) for name in variables}
-
-    def apply(values: Mapping[str, str | None]) -> None:
-        for name, value in values.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
-
-    apply(variables)
-    try:
-        yield
-    finally:
-        apply(before)
