@@ -33,6 +33,9 @@ _NOT_A_CLASS = (
     r"Not a valid subclass of |argument of type 'NoneType'|Expected a path but None "
     r"|Expected a dot import path string: None$"
 )
+_NO_PATH = re.compile(
+    r"Expected a dot import path string: |Unexpected import path format: |Not a valid subclass of "
+)
 _NO_CLASS = "it must be a class_path, with init_args or without, and no other keys"
 _NO_SETTING = "there is no such setting"
 _NAMES = {
@@ -189,10 +192,14 @@ def _leaves(
         exact: the types of the union they are in, as text.
     """
     prefix = within or key
+    exact = next((line.text for line in lines if line.text.startswith("Subtypes: ")), exact)
+    fields = _fields(exact)
     for line in lines:
-        if line.text.startswith("Subtypes: "):
-            exact = line.text
-        if match := re.match(r'Parser key "(.+?)":(.*)', line.text):
+        if fields and line.text.startswith("Expected a path but "):
+            continue
+        if fields and _NO_PATH.match(line.text):
+            yield key, f"Expected a <class 'a mapping of {fields}'>"
+        elif match := re.match(r'Parser key "(.+?)":(.*)', line.text):
             inner = f"{prefix}.{match[1]}" if prefix else match[1]
             if line.below:
                 yield from _leaves(line.below, inner)
@@ -220,6 +227,15 @@ def _leaves(
         elif not re.match("Does not validate|Subtypes:|Given value", line.text):
             yield key, line.text
             yield from _leaves(line.below, key)
+
+
+def _fields(exact: str) -> str:
+    """The fields of a union's one dataclass, if its other types are no classes that YAML names."""
+    found = [path.rpartition(".") for path in re.findall(r"<class '([\w.]+\.\w+)'>", exact)]
+    classes = [getattr(import_module(module), name, None) for module, _, name in found]
+    if len(classes) != 1 or not dataclasses.is_dataclass(classes[0]):
+        return ""
+    return " and ".join(field.name for field in dataclasses.fields(classes[0]))
 
 
 def _is_value(path: str, exact: str) -> bool:

@@ -28,7 +28,10 @@ SCHEDULE = f"{MODEL}.lr_scheduler=torch.optim.lr_scheduler.LinearLR"
 
 VALUES = [
     # What the parser itself refuses, at any depth.
-    ([f"{DATA}.flow.cap=abc"], "data.init_args.flow.cap=abc must be a whole number"),
+    (
+        [f"{DATA}.flow.cap=abc"],
+        "data.init_args.flow.cap=abc must be a whole number or auto or a mapping of least and most",
+    ),
     (
         [f"{DATA}.engine.init_args.step_time.t0=abc"],
         "data.init_args.engine.init_args.step_time.t0=abc must be a number",
@@ -56,7 +59,10 @@ VALUES = [
         "median stands twice; leave one",
     ),
     # Null where it is no value, also within classes and where the parser has nulls of its own.
-    ([f"{DATA}.flow.cap=null"], "data.init_args.flow.cap=null must be a whole number"),
+    (
+        [f"{DATA}.flow.cap=null"],
+        "data.init_args.flow.cap=null must be a whole number or auto or a mapping",
+    ),
     (
         [f"{DATA}.credit.truncated=null"],
         "data.init_args.credit.truncated=null must be train or mask",
@@ -175,7 +181,7 @@ FILES = [
     ("data: {init_args: {seed: 5}}\n", "seed=5 has no effect: seed_everything decides it"),
     (
         "data: {init_args: {flow: {cap: abc}}}\n",
-        r"data.init_args.flow.cap=abc must be a whole number",
+        r"data.init_args.flow.cap=abc must be a whole number or auto or a mapping of least",
     ),
 ]
 
