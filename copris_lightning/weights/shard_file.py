@@ -7,13 +7,13 @@ already, and a reader maps the file instead of reading it.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,8 +94,10 @@ class _Shard:
         self._entries |= entry
         self._header_bytes += len(json.dumps(entry))
         if tensor.numel():
-            data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            self._write(data, _DATA_AT + self._bytes)
+            data = tensor.detach().cpu().contiguous()
+            # Not through numpy: what it has seen cannot be resized, which FSDP does.
+            memory = (ctypes.c_char * data.nbytes).from_address(data.data_ptr())
+            self._write(memoryview(memory).cast("B"), _DATA_AT + self._bytes)
         self._bytes += tensor.nbytes
 
     def finish(self) -> Path:
@@ -121,7 +123,7 @@ class _Shard:
             }
         }
 
-    def _write(self, data: Any, at: int) -> None:
+    def _write(self, data: bytes | memoryview, at: int) -> None:
         left = memoryview(data)
         while left:
             written = os.pwrite(self._descriptor, left, at)

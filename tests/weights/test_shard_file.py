@@ -76,3 +76,11 @@ def test_a_shard_that_cannot_be_written_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "shard-00000.safetensors").mkdir()
     with pytest.raises(OSError, match="shard-00000"):
         list(write_shards(tmp_path, [("a", torch.ones(1))], 1))
+
+
+def test_what_was_written_can_still_be_resized_by_its_owner(tmp_path: Path) -> None:
+    """FSDP2 frees a whole parameter by resizing its storage."""
+    tensor = torch.arange(6.0)
+    [path] = write_shards(tmp_path, [("a", tensor)], 10**6)
+    tensor.untyped_storage().resize_(0)
+    assert torch.equal(dict(mapped_tensors(path))["a"], torch.arange(6.0))
