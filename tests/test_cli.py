@@ -307,7 +307,7 @@ BAD_INPUT = [
     ),
     (
         ["--data.init_args.engine.init_args.engine_args", '{"max_num_seqs": 3}'],
-        r"init_args.engine_args.max_num_seqs=3 is below the 256 that data.init_args.flow.cap",
+        r"init_args.engine_args.max_num_seqs=3 is below the 64 that data.init_args.flow.cap",
     ),
 ]
 

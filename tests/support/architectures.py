@@ -75,7 +75,8 @@ def tiny_architecture(model_type: str, directory: Path, *, seed: int = 0, **chan
     settings = {**_COMMON, **ARCHITECTURES[model_type], **changes}
     config = AutoConfig.for_model(
         model_type,
-        vocab_size=len(tokenizer),
+        # transformers reads it as Qwen2's own tokenizer, which adds <|endoftext|>.
+        vocab_size=len(tokenizer) + (model_type == "qwen2"),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
