@@ -161,6 +161,7 @@ def portable(error: BaseException | None) -> BaseException | None:
     if error is None:
         return None
     try:
-        return pickle.loads(pickle.dumps(error))  # type: ignore[no-any-return]
+        same: BaseException = pickle.loads(pickle.dumps(error))
+        return same
     except Exception:  # noqa: BLE001 - a class may raise anything
         return EngineError(f"{type(error).__name__}: {error}")

@@ -110,7 +110,7 @@ def decide(trainer: L.Trainer, command: str, checkpoint: Path | None, run: Path 
     try:
         directory = _directory(trainer, place, run)
         check_writable(directory, place.key)
-        for path, key in _checkpoint_directories(trainer) if command == "fit" else ():
+        for path, key in checkpoint_directories(trainer) if command == "fit" else ():
             check_writable(path, key)
     except ConfigurationError as problem:
         if trainer.world_size == 1 or not _is_launched():
@@ -230,7 +230,7 @@ def _keep_rows(logger: CSVLogger) -> None:
     writer.metrics_keys.extend(columns.split(",") if columns else [])
 
 
-def _checkpoint_directories(trainer: L.Trainer) -> list[tuple[Path, str]]:
+def checkpoint_directories(trainer: L.Trainer) -> list[tuple[Path, str]]:
     """Where the user wants checkpoints, and by which setting."""
     found = []
     for callback in callbacks(trainer):

@@ -19,7 +19,14 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from copris_lightning.errors import ConfigurationError
-from copris_lightning.runs.directory import RECORD, Place, decide, directory_of, place_of
+from copris_lightning.runs.directory import (
+    RECORD,
+    Place,
+    checkpoint_directories,
+    decide,
+    directory_of,
+    place_of,
+)
 from copris_lightning.trainer_parts import callbacks, datamodule
 
 _LIGHTNINGS = ("best", "hpc")
@@ -263,9 +270,7 @@ def _checkpoints(folder: Path, pattern: str) -> list[Path]:
 def newest_saved(trainer: L.Trainer) -> Path | None:
     """The newest checkpoint where this trainer, which is set up, writes its own."""
     folders = {directory_of(trainer) / "checkpoints"}
-    for callback in callbacks(trainer):
-        if isinstance(callback, ModelCheckpoint | OnExceptionCheckpoint) and callback.dirpath:
-            folders.add(Path(callback.dirpath))
+    folders |= {folder for folder, _ in checkpoint_directories(trainer)}
     return max((p for f in folders for p in _checkpoints(f, "*.ckpt")), key=_age, default=None)
 
 
